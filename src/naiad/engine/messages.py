@@ -52,6 +52,8 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """Client -> engine: forget request `id` within one step. Unknown ids are ignored."""
 
     id: int
+    index: int = -1
+    """Forget only this answer (a stop string ended it); -1: all of them."""
 
 
 class Configure(msgspec.Struct, frozen=True, kw_only=True, tag="configure"):
@@ -86,7 +88,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     """Only meaningful with the answer's first tokens."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     first_scheduled_ns: int = 0
-    """Set with the last tokens, as is `first_token_ns`."""
+    """Set with the first and with the last tokens, as is `first_token_ns`: a stop string, which only
+    the client sees, may end the answer at any of them."""
     first_token_ns: int = 0
 
 
