@@ -49,7 +49,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Divide (or multiply, when negative) the logits of tokens in prompt or answer; 1: off."""
     logit_bias: dict[int, Annotated[float, Meta(ge=-100.0, le=100.0)]] = {}
     """Added to the logits of these token ids."""
-    seed: Annotated[int, Meta(ge=-(2**63), lt=2**64)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63))] | None = None
+    """Below 2^64."""
     stop: tuple[str, ...] = ()
     """Stop before the first of these strings."""
     stop_token_ids: tuple[int, ...] = ()
@@ -59,6 +60,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     """Report the chosen token's log probability and this many of the most likely ones."""
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    def __post_init__(self) -> None:
+        # A bound of 2^64 does not fit msgspec's Meta; a ValueError here names the path as well.
+        if self.seed is not None and self.seed >= 2**64:
+            raise ValueError(f"Expected `int` < 2^64, got seed {self.seed}")
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag="text"):

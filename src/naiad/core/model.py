@@ -42,6 +42,18 @@ class InferRequest(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return next((tensor for tensor in self.inputs if tensor.name == name), None)
 
 
+class InferUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What one request took, as its model measured it; statistics and the access log read it."""
+
+    queue_ns: int = 0
+    """Arrival to first scheduled."""
+    compute_input_ns: int = 0
+    compute_infer_ns: int = 0
+    compute_output_ns: int = 0
+    num_input_tokens: int = 0
+    num_output_tokens: int = 0
+
+
 class InferResponse(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One answer; a decoupled model sends several for one request."""
 
@@ -50,6 +62,8 @@ class InferResponse(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     id: str = ""
     outputs: tuple[Tensor, ...] = ()
     parameters: dict[str, Parameter] = {}
+    usage: InferUsage | None = None
+    """On a request's last response, from a model that knows; never sent to the client."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
