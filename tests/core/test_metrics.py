@@ -113,11 +113,13 @@ def test_special_values_are_spelled_as_prometheus_does() -> None:
 
 
 @given(
-    label=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\x85\u2028\u2029")),
+    label=st.text(
+        st.characters(exclude_categories=["Cs"], exclude_characters="\r\x85\u2028\u2029")
+    ),
     value=st.floats(allow_nan=False) | st.integers(0, 2**63),
 )
 def test_any_label_and_value_survive_the_parser(label: str, value: float) -> None:
-    family = Family("g", "help\nwith \\ and \"quotes\"", Gauge, ("label",))
+    family = Family("g", 'help\nwith \\ and "quotes"', Gauge, ("label",))
     family.labels(label).set(value)
     (read,) = text_string_to_metric_families(exposed(family))
     assert read.samples[0].labels == {"label": label}

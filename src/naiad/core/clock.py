@@ -33,7 +33,7 @@ class SystemClock:
 
     async def sleep_until(self, deadline_ns: int) -> None:
         """Sleep on the running event loop."""
-        while (left_ns := deadline_ns - time.monotonic_ns()) > 0:
+        while (left_ns := deadline_ns - time.monotonic_ns()) > 0:  # noqa: ASYNC110 - it may wake early
             await asyncio.sleep(left_ns / 1e9)
 
 
@@ -67,7 +67,7 @@ class VirtualClock:
     async def advance_to(self, now_ns: int) -> None:
         """Move to `now_ns`, stopping at every deadline on the way so that sleepers run in order.
 
-        A woken task runs until it next waits; if it sleeps again before `now_ns`, it is woken again.
+        A woken task runs until it next waits; one that sleeps again on the way is woken again.
         """
         if now_ns < self._now_ns:
             raise ValueError(f"time cannot go back from {self._now_ns} to {now_ns} ns")

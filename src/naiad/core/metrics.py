@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar, Generic, TypeVar
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -71,7 +71,7 @@ class Histogram:
     type_name: ClassVar[str] = "histogram"
 
     def __init__(self, buckets: Sequence[float]) -> None:
-        if not buckets or any(a >= b for a, b in zip(buckets, buckets[1:], strict=False)):
+        if not buckets or any(low >= high for low, high in pairwise(buckets)):
             raise ValueError(f"histogram buckets must strictly ascend, got {list(buckets)}")
         self.bounds = tuple(float(bound) for bound in buckets)
         self.counts = [0] * (len(self.bounds) + 1)  # per bucket, not cumulative; last: above all
@@ -108,7 +108,7 @@ class Family(Generic[Child]):
     def __init__(
         self,
         name: str,
-        help: str,  # noqa: A002 - the exposition format's own word for it
+        help: str,
         kind: type[Child],
         label_names: Sequence[str] = (),
         buckets: Sequence[float] | None = None,
@@ -117,7 +117,7 @@ class Family(Generic[Child]):
             raise ValueError(f"{name}: a histogram needs buckets, and nothing else has them")
         self.name = name
         self.help = help
-        self.kind = kind
+        self.kind: type[Child] = kind
         self.label_names = tuple(label_names)
         self._arguments: tuple[Any, ...] = () if buckets is None else (tuple(buckets),)
         self._children: dict[tuple[str, ...], Child] = {}
@@ -128,8 +128,7 @@ class Family(Generic[Child]):
         if child is None:
             if len(values) != len(self.label_names):
                 raise ValueError(f"{self.name} has labels {self.label_names}, got {values}")
-            made = cast("Child", self.kind(*self._arguments))
-            child = self._children.setdefault(values, made)
+            child = self._children.setdefault(values, self.kind(*self._arguments))
         return child
 
     def remove(self, *values: str) -> None:
