@@ -1,0 +1,307 @@
+"""Op bodies for CPUs: prepacked oneDNN projections and batched attention over contiguous slots.
+
+Why these: `F.linear` repacks its weight at every call and reads at half the bandwidth of a prepacked
+one; one row is slower than two in oneDNN, so a step of one token carries a padding row; scaled dot
+product attention is a trap in decode (20x slower than two batched products). Measured in
+`benchmarks/results`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+
+from naiad.engine.batch import RowSpan, StepBatch
+from naiad.engine.ops.base import Bodies, Linear, Norm, Target
+from naiad.engine.ops.reference import ReferenceEmbed, finish, normalise, norm_to, rope_table
+from naiad.engine.spec import Activation, AttentionSpec
+
+MIN_ROWS = 2
+"""oneDNN leaves its slow matrix-vector path at two rows."""
+
+QUERY_BLOCK = 128
+"""Query tokens of one prefill attention block: scores stay in cache, few masked places computed."""
+
+GROUP_OVERHEAD_BYTES = 400_000
+"""Reading this many bytes of keys and values costs as much as one more batched product."""
+
+_FUSED_ACTIVATIONS: dict[Activation, tuple[str, str]] = {
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+}
+
+
+def _packs(to: Target) -> bool:
+    """Whether this machine's oneDNN multiplies in the target's dtype at full speed."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    match to.dtype:
+        case torch.float32:
+            return True
+        case torch.bfloat16:
+            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        case torch.float16:
+            return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return False
+
+
+def pad_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x`, with its row repeated if there is only one."""
+    return x.expand(MIN_ROWS, -1).contiguous() if x.shape[0] == 1 else x
+
+
+class PackedLinear:
+    """A projection in oneDNN's own weight layout."""
+
+    def __init__(self, linear: Linear, to: Target) -> None:
+        weight = linear.weight.to(to.dtype).contiguous()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._bias = None if linear.bias is None else linear.bias.to(to.dtype)
+        self._call = torch.ops.mkldnn._linear_pointwise.default
+        self._call_binary = torch.ops.mkldnn._linear_pointwise.binary
+
+    def __call__(self, x: torch.Tensor, activation: tuple[str, str] = ("none", "")) -> torch.Tensor:
+        """`activation(x @ weight.T + bias)`."""
+        out: torch.Tensor = self._call(
+            x, self._weight, self._bias, activation[0], [], activation[1]
+        )
+        return out
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual + x @ weight.T + bias` in one call."""
+        out: torch.Tensor = self._call_binary(x, residual, self._weight, self._bias, "add")
+        return out
+
+
+class CpuEmbed(ReferenceEmbed):
+    """`Embed` that carries a padding row when the step has one token."""
+
+    def run(self, batch: StepBatch) -> torch.Tensor:
+        return pad_rows(super().run(batch))
+
+
+class CpuNormLinear:
+    """`NormLinear`: norm, packed projection with the activation fused where oneDNN has it."""
+
+    def __init__(
+        self,
+        norm: Norm,
+        linear: Linear,
+        activation: Activation | None,
+        gated: bool,
+        to: Target,
+    ) -> None:
+        self._norm, self._linear = norm_to(norm, to), PackedLinear(linear, to)
+        fused = _FUSED_ACTIVATIONS.get(activation) if activation and not gated else None
+        self._fused = fused or ("none", "")
+        self._rest = None if fused else activation
+        self._gated = gated
+
+    @classmethod
+    def prepare(
+        cls, norm: Norm, linear: Linear, activation: Activation | None, gated: bool, to: Target
+    ) -> Self | None:
+        return cls(norm, linear, activation, gated, to) if _packs(to) else None
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._linear(normalise(x, self._norm), self._fused)
+        if self._gated and self._rest == "silu":
+            half = y.shape[-1] // 2
+            return F.silu(y[:, :half]).mul_(y[:, half:])
+        return finish(y, self._rest, self._gated)
+
+
+class CpuLinearResidual:
+    """`LinearResidual` as one fused call."""
+
+    def __init__(self, linear: Linear, to: Target) -> None:
+        self._linear = PackedLinear(linear, to)
+
+    @classmethod
+    def prepare(cls, linear: Linear, to: Target) -> Self | None:
+        return cls(linear, to) if _packs(to) else None
+
+    def run(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self._linear.plus(x, residual)
+
+
+class CpuLogits:
+    """`Logits` with a packed head."""
+
+    def __init__(self, norm: Norm, head: torch.Tensor, to: Target) -> None:
+        self._norm, self._head = norm_to(norm, to), PackedLinear(Linear(head), to)
+
+    @classmethod
+    def prepare(cls, norm: Norm, head: torch.Tensor, to: Target) -> Self | None:
+        return cls(norm, head, to) if _packs(to) else None
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        return self._head(pad_rows(normalise(x, self._norm)))[: x.shape[0]]
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """Rows `[first, last)` of the step, one token each, in consecutive slots from `slot` on."""
+
+    first: int
+    last: int
+    slot: int
+    context_tokens: int
+    """The longest context among them; shorter ones are masked."""
+    mask: torch.Tensor | None = None
+    """`[rows, 1, 1, context]`, 0 or -inf; None if all contexts are equally long."""
+
+
+def decode_groups(rows: Sequence[RowSpan], overhead_tokens: int) -> list[DecodeGroup]:
+    """Cut decode rows, ordered by slot, into groups that are worth one batched product each.
+
+    A group is a run of consecutive slots. It grows while the places wasted on padding cost less
+    than another group: `overhead_tokens` is what one costs, in places read.
+    """
+    groups: list[DecodeGroup] = []
+    useful = 0
+    for number, row in enumerate(rows):
+        length = row.context_tokens
+        if groups and row.blocks[0] == groups[-1].slot + groups[-1].last - groups[-1].first:
+            group = groups[-1]
+            longest = max(group.context_tokens, length)
+            padded = longest * (group.last - group.first + 1)
+            split = group.context_tokens * (group.last - group.first) + length + overhead_tokens
+            if padded <= split or padded <= useful + length + overhead_tokens:
+                group.last, group.context_tokens = number + 1, longest
+                useful += length
+                continue
+        groups.append(DecodeGroup(number, number + 1, row.blocks[0], length))
+        useful = length
+    return groups
+
+
+@dataclass(slots=True)
+class SlotPlan:
+    """One step's attention over slots, shared by all layers of a spec."""
+
+    batch: StepBatch
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+    groups: list[DecodeGroup]
+    prefills: list[RowSpan]
+
+
+class CpuRopeWriteAttend:
+    """`RopeWriteAttend` over contiguous slots: two batched products per group or query block."""
+
+    def __init__(self, spec: AttentionSpec, to: Target) -> None:
+        self._spec, self._dtype = spec, to.dtype
+        self._rope = rope_table(spec.rope, spec.head_dim, to.max_model_len, to) if spec.rope else None
+        self._per_kv_head = spec.num_heads // spec.num_kv_heads
+        self._overhead_tokens = GROUP_OVERHEAD_BYTES // (2 * spec.kv_size * to.dtype.itemsize)
+        future = torch.full((QUERY_BLOCK, QUERY_BLOCK), float("-inf"), dtype=to.dtype).triu(1)
+        self._future = future[:, None, :]
+
+    @classmethod
+    def prepare(cls, spec: AttentionSpec, to: Target) -> Self | None:
+        return cls(spec, to) if to.block_tokens >= to.max_model_len and _packs(to) else None
+
+    def plan(self, batch: StepBatch) -> SlotPlan:
+        cos = sin = None
+        if self._rope is not None:
+            cos, sin = self._rope[:, batch.positions].unsqueeze(2).unbind(0)
+        decode = batch.rows[: batch.num_decode_rows]
+        groups = decode_groups(decode, self._overhead_tokens)
+        for group in groups:
+            group.mask = self._mask(decode[group.first : group.last], group.context_tokens)
+        return SlotPlan(batch, cos, sin, groups, batch.rows[batch.num_decode_rows :])
+
+    def _mask(self, rows: Sequence[RowSpan], longest: int) -> torch.Tensor | None:
+        lengths = [row.context_tokens for row in rows]
+        if min(lengths) == longest:
+            return None
+        beyond = torch.arange(longest) >= torch.tensor(lengths)[:, None]
+        mask = torch.zeros(beyond.shape, dtype=self._dtype).masked_fill_(beyond, float("-inf"))
+        return mask[:, None, None, :]
+
+    def run(self, qkv: torch.Tensor, cache: torch.Tensor, plan: Any) -> torch.Tensor:
+        step: SlotPlan = plan
+        spec, num_tokens = self._spec, step.batch.num_tokens
+        tokens = qkv[:num_tokens]
+        if step.cos is not None and step.sin is not None:
+            _rotate_in_place(tokens, spec, step.cos, step.sin)
+        self._write(tokens, cache, step)
+        q = tokens[:, : spec.q_size]
+        if len(step.groups) == 1 and not step.prefills and num_tokens == qkv.shape[0]:
+            return self._decode(q, cache, step.groups[0])
+        out = torch.empty((qkv.shape[0], spec.q_size), dtype=qkv.dtype)
+        out[num_tokens:] = 0
+        for group in step.groups:
+            out[group.first : group.last] = self._decode(q[group.first : group.last], cache, group)
+        for row in step.prefills:
+            self._prefill(q, cache, row, out)
+        return out
+
+    def _write(self, tokens: torch.Tensor, cache: torch.Tensor, step: SlotPlan) -> None:
+        """Put the step's keys and values in their places; whole chunks as slices."""
+        spec, batch = self._spec, step.batch
+        kv = tokens[:, spec.q_size :].view(-1, 2, spec.num_kv_heads, spec.head_dim)
+        ones = batch.num_decode_rows
+        if ones:
+            cache[:, batch.write_blocks[:ones], :, batch.write_offsets[:ones]] = kv[:ones]
+        for row in step.prefills:
+            new = kv[row.first : row.first + row.num_tokens]
+            start = row.context_tokens - row.num_tokens
+            cache[:, row.blocks[0], :, start : row.context_tokens] = new.permute(1, 2, 0, 3)
+
+    def _decode(self, q: torch.Tensor, cache: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
+        """`q` `[rows, q_size]` of one group, to `[rows, q_size]`."""
+        spec, rows, context = self._spec, group.last - group.first, group.context_tokens
+        heads = rows * spec.num_kv_heads
+        slots = cache[:, group.slot : group.slot + rows].flatten(1, 2)[:, :, :context]
+        queries = q.reshape(heads, self._per_kv_head, spec.head_dim) * spec.scale
+        scores = torch.bmm(queries, slots[0].mT)
+        if group.mask is not None:
+            scores.view(rows, spec.num_kv_heads, self._per_kv_head, context).add_(group.mask)
+        return torch.bmm(scores.softmax(-1), slots[1]).view(rows, spec.q_size)
+
+    def _prefill(
+        self, q: torch.Tensor, cache: torch.Tensor, row: RowSpan, out: torch.Tensor
+    ) -> None:
+        """Attention of one chunk, block of queries by block, written to the row's part of `out`."""
+        spec, per_head, count = self._spec, self._per_kv_head, row.num_tokens
+        span = slice(row.first, row.first + count)
+        heads = q[span].view(count, spec.num_kv_heads, per_head, spec.head_dim).transpose(0, 1)
+        queries = heads.contiguous().mul_(spec.scale).flatten(1, 2)
+        target = out[span].view(count, spec.num_kv_heads, per_head, spec.head_dim).transpose(0, 1)
+        keys, values = cache[0, row.blocks[0]], cache[1, row.blocks[0]]
+        before = row.context_tokens - count
+        for first in range(0, count, QUERY_BLOCK):
+            last = min(first + QUERY_BLOCK, count)
+            size, seen = last - first, before + last
+            scores = torch.bmm(queries[:, first * per_head : last * per_head], keys[:, :seen].mT)
+            blocks = scores.view(spec.num_kv_heads, size, per_head, seen)
+            blocks[..., seen - size :] += self._future[:size, :, :size]
+            mixed = torch.bmm(scores.softmax(-1), values[:, :seen])
+            target[:, first:last] = mixed.view(spec.num_kv_heads, size, per_head, spec.head_dim)
+
+
+def _rotate_in_place(
+    tokens: torch.Tensor, spec: AttentionSpec, cos: torch.Tensor, sin: torch.Tensor
+) -> None:
+    """Rotate the queries and keys inside `tokens` `[tokens, qkv_size]`."""
+    dim = spec.head_dim
+    heads = tokens[:, : spec.q_size + spec.kv_size].view(tokens.shape[0], -1, dim)
+    swapped = heads.roll(dim // 2, dims=-1)
+    heads.mul_(cos).addcmul_(swapped, sin)
+
+
+BODIES = Bodies(
+    "cpu",
+    embed=CpuEmbed,
+    norm_linear=CpuNormLinear,
+    attend=CpuRopeWriteAttend,
+    linear_residual=CpuLinearResidual,
+    logits=CpuLogits,
+)
