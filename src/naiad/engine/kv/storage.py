@@ -16,6 +16,8 @@ import torch
 from naiad.engine.kv.base import KvCopy
 from naiad.engine.spec import ModelSpec
 
+_MAP_NORESERVE = 0x4000  # not in the mmap module; the reservation may exceed memory, its use may not
+
 
 class KvStorage:
     """`tensor` is `[layers, 2, blocks, kv_heads, block_tokens, head_dim]`, keys first.
@@ -60,5 +62,6 @@ class KvStorage:
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros whose memory the operating system commits page by page; torch.zeros touches it all."""
-    buffer = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    buffer = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
     return torch.frombuffer(buffer, dtype=dtype).view(shape)
