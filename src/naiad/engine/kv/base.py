@@ -21,7 +21,8 @@ import msgspec
 class KvCopy(msgspec.Struct, frozen=True):
     """Copy the first `num_tokens` places of block `source` to block `target`, all layers.
 
-    A block is a page or a slot. Orders are carried out in sequence, before the step that follows.
+    A block is a page or a slot. Orders are carried out strictly one after the other, before the step
+    that follows: the target of one may be the source or the target of a later one.
     """
 
     source: int
@@ -43,15 +44,22 @@ class KvManager(Protocol):
     def max_tokens_per_sequence(self) -> int:
         """The longest single sequence that fits into an otherwise empty cache."""
 
-    def match(self, sequence: int, token_ids: Sequence[int]) -> int | None:
+    def match(self, sequence: int, token_ids: Sequence[int], spare_tokens: int = 0) -> int | None:
         """Start `sequence` with the longest cached prefix of `token_ids`.
 
         At most `len(token_ids) - 1` tokens match, so that at least one is left to compute. Shared
-        pages gain a reference; a partial tail is copied (an order is issued).
+        pages gain a reference; a partial tail is copied (an order is issued). What matched counts as
+        appended and reserved. With an empty `token_ids` the sequence starts with nothing.
+
+        Args:
+            sequence: Its key.
+            token_ids: All tokens known so far; the caller reserves places for them next.
+            spare_tokens: Room that must be left for others beside them.
 
         Returns:
             The number of tokens whose keys and values are already there, 0 without a hit or without
-            prefix cache; None if there is no block left to start with (nothing changed).
+            prefix cache; None if there is no room for `token_ids` and the spare now (nothing
+            changed).
         """
 
     def fork(self, parent: int, child: int, num_tokens: int) -> bool:

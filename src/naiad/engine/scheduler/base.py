@@ -23,7 +23,7 @@ class RowPlan(msgspec.Struct, eq=False):
 
 
 class StepPlan(msgspec.Struct, eq=False):
-    """One step of the model: decode rows first, then prefill chunks."""
+    """One step of the model: rows of one token first (decode), then longer chunks (prefill)."""
 
     rows: list[RowPlan]
     admitted: list[Sequence]

@@ -22,15 +22,19 @@ class Sequence:
     """
 
     __slots__ = (
+        "departing",
         "first_scheduled_ns",
         "first_token_ns",
         "index",
         "key",
         "num_cached",
         "num_computed",
+        "num_in_flight",
         "num_launched",
         "num_preemptions",
         "num_prompt",
+        "order",
+        "parent",
         "request",
         "row",
         "state",
@@ -56,6 +60,14 @@ class Sequence:
         self.state = State.WAITING
         self.first_scheduled_ns = 0
         self.first_token_ns = 0
+        self.num_in_flight = 0
+        """Plans not committed yet that compute tokens of it."""
+        self.departing = False
+        """True: it gives row and cache back (finished or preempted) once nothing is in flight."""
+        self.parent: Sequence | None = None
+        """Answer 0 of the request, until this one has started from its prompt."""
+        self.order = (0, 0)
+        """Smaller runs first and is preempted last; fixed when the request arrives."""
 
     @property
     def num_generated(self) -> int:
