@@ -20,6 +20,10 @@ from naiad.core.model import InferRequest, InferResponse, Model
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_INT = 2**31 - 1
+
+Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
+TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,13 +35,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     """Independent answers to the one prompt; answer i is drawn with seed + i."""
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_INT)] | None = None
     """Most tokens to generate; None: as many as the context allows."""
-    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    min_tokens: Count = 0
     """No end of sequence and no stop token before this many."""
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] | None = None
     """0: greedy."""
-    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=MAX_INT)] | None = None
     """Keep the k most likely tokens; 0 or -1: all."""
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     """Keep the smallest set of most likely tokens whose probability reaches p."""
@@ -47,13 +51,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] | None = None
     """Divide (or multiply, when negative) the logits of tokens in prompt or answer; 1: off."""
-    logit_bias: dict[int, Annotated[float, Meta(ge=-100.0, le=100.0)]] = {}
+    logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]] = {}
     """Added to the logits of these token ids."""
     seed: Annotated[int, Meta(ge=-(2**63))] | None = None
     """Below 2^64."""
     stop: tuple[str, ...] = ()
     """Stop before the first of these strings."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[TokenId, ...] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True

@@ -1,0 +1,506 @@
+"""A language model as tensors: the text models of Triton's vLLM and TensorRT-LLM backends.
+
+One set of inputs serves clients of both: `sampling_parameters` (JSON) or request parameters as the
+vLLM backend takes them, and one tensor per option as the TensorRT-LLM ensemble does. Options that
+Naiad does not do are refused (`core.refusals`). Everything here is on top of `generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from naiad.core.errors import InvalidRequest, Unsupported
+from naiad.core.language import (
+    FinishReason,
+    GenerateDelta,
+    GenerateRequest,
+    GenerateTiming,
+    LanguageModel,
+    PositionLogprobs,
+    SamplingParams,
+    TextPrompt,
+)
+from naiad.core.model import (
+    InferRequest,
+    InferResponse,
+    InferUsage,
+    ModelMetadata,
+    TensorSpec,
+)
+from naiad.core.refusals import (
+    NO_BEAMS,
+    NO_GRAMMAR,
+    NO_IMAGES,
+    NO_LORA,
+    REFUSED_SAMPLING,
+    Refusal,
+    refuse,
+)
+from naiad.core.tensor import DataType, Tensor
+
+DEFAULT_MAX_TOKENS = 16
+"""What the vLLM backend generates when nobody says."""
+
+_SCALARS: Mapping[str, DataType] = {
+    "text_input": DataType.BYTES,
+    "stream": DataType.BOOL,
+    "sampling_parameters": DataType.BYTES,
+    "exclude_input_in_output": DataType.BOOL,
+    "return_finish_reason": DataType.BOOL,
+    "return_cumulative_logprob": DataType.BOOL,
+    "return_logprobs": DataType.BOOL,
+    "return_num_input_tokens": DataType.BOOL,
+    "return_num_output_tokens": DataType.BOOL,
+    "return_log_probs": DataType.BOOL,
+    "return_perf_metrics": DataType.BOOL,
+    "max_tokens": DataType.INT32,
+    "min_tokens": DataType.INT32,
+    "num_return_sequences": DataType.INT32,
+    "end_id": DataType.INT32,
+    "pad_id": DataType.INT32,
+    "top_k": DataType.INT32,
+    "top_p": DataType.FP32,
+    "temperature": DataType.FP32,
+    "length_penalty": DataType.FP32,
+    "repetition_penalty": DataType.FP32,
+    "presence_penalty": DataType.FP32,
+    "frequency_penalty": DataType.FP32,
+    "seed": DataType.UINT64,
+    # Refused unless neutral, from here on.
+    "beam_width": DataType.INT32,
+    "return_context_logits": DataType.BOOL,
+    "return_generation_logits": DataType.BOOL,
+    "embedding_request": DataType.BYTES,
+    "decoder_text_input": DataType.BYTES,
+    "guided_decoding_guide_type": DataType.BYTES,
+    "guided_decoding_guide": DataType.BYTES,
+    "lora_task_id": DataType.UINT64,
+    "num_draft_tokens": DataType.INT32,
+    "prompt_table_extra_id": DataType.UINT64,
+    "prompt_vocab_size": DataType.INT32,
+}
+_LISTS: Mapping[str, DataType] = {
+    "stop_words": DataType.BYTES,
+    "bad_words": DataType.BYTES,
+    "image": DataType.BYTES,
+    "image_url_input": DataType.BYTES,
+    "image_bytes_input": DataType.UINT8,
+    "video_bytes_input": DataType.UINT8,
+    "embedding_bias_words": DataType.BYTES,
+    "embedding_bias_weights": DataType.FP32,
+    "prompt_embedding_table": DataType.FP16,
+    "lora_weights": DataType.FP16,
+    "lora_config": DataType.INT32,
+}
+_OUTPUTS: Mapping[str, tuple[DataType, tuple[int, ...]]] = {
+    "text_output": (DataType.BYTES, (-1,)),
+    "finish_reason": (DataType.BYTES, (-1,)),
+    "cumulative_logprob": (DataType.FP32, (-1,)),
+    "logprobs": (DataType.BYTES, (-1,)),
+    "num_input_tokens": (DataType.UINT32, (1,)),
+    "num_output_tokens": (DataType.UINT32, (-1,)),
+    "cum_log_probs": (DataType.FP32, (-1,)),
+    "output_log_probs": (DataType.FP32, (-1, -1)),
+    "arrival_time_ns": (DataType.INT64, (1,)),
+    "first_scheduled_time_ns": (DataType.INT64, (1,)),
+    "first_token_time_ns": (DataType.INT64, (1,)),
+    "last_token_time_ns": (DataType.INT64, (1,)),
+}
+_SWITCHES: Mapping[str, tuple[str, ...]] = {
+    "return_finish_reason": ("finish_reason",),
+    "return_cumulative_logprob": ("cumulative_logprob",),
+    "return_logprobs": ("logprobs",),
+    "return_num_input_tokens": ("num_input_tokens",),
+    "return_num_output_tokens": ("num_output_tokens",),
+    "return_log_probs": ("cum_log_probs", "output_log_probs"),
+    "return_perf_metrics": (
+        "arrival_time_ns",
+        "first_scheduled_time_ns",
+        "first_token_time_ns",
+        "last_token_time_ns",
+    ),
+}
+_NEED_LOGPROBS = {"cumulative_logprob", "logprobs", "cum_log_probs", "output_log_probs"}
+_REFUSED: Mapping[str, Refusal] = {
+    "beam_width": NO_BEAMS,
+    "bad_words": REFUSED_SAMPLING["bad_words"],
+    "return_context_logits": Refusal("logits do not leave the engine", (False,)),
+    "return_generation_logits": Refusal("logits do not leave the engine", (False,)),
+    "embedding_request": Refusal("the model generates text only"),
+    "decoder_text_input": Refusal("the model has no encoder"),
+    "guided_decoding_guide_type": NO_GRAMMAR,
+    "guided_decoding_guide": NO_GRAMMAR,
+    "image": NO_IMAGES,
+    "image_url_input": NO_IMAGES,
+    "image_bytes_input": NO_IMAGES,
+    "video_bytes_input": NO_IMAGES,
+    "lora_task_id": NO_LORA,
+    "lora_weights": NO_LORA,
+    "lora_config": NO_LORA,
+    "num_draft_tokens": Refusal("there is no draft model", (0,)),
+    "embedding_bias_words": Refusal("use logit_bias in sampling_parameters"),
+    "embedding_bias_weights": Refusal("use logit_bias in sampling_parameters"),
+    "prompt_embedding_table": Refusal("prompts are text"),
+    "prompt_table_extra_id": Refusal("prompts are text"),
+    "prompt_vocab_size": Refusal("prompts are text"),
+    "sequence_id": Refusal("the model is not a sequence model", (0,)),
+    "sequence_start": Refusal("the model is not a sequence model", (False,)),
+    "sequence_end": Refusal("the model is not a sequence model", (False,)),
+    "timeout": Refusal("requests have no deadline of their own; close the connection", (0,)),
+}
+_SAME_NAME = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_k",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
+_RESERVED = {"sequence_id", "sequence_start", "sequence_end", "timeout", "priority"}
+_TRANSPORT = {"binary_data_output", "headers"}  # of the protocol, not of the model
+
+
+def text_metadata(
+    name: str, *, platform: str, aliases: tuple[str, ...] = (), version: str = "1"
+) -> ModelMetadata:
+    """What a text model says of itself, whoever generates the text."""
+    scalars = [
+        TensorSpec(key, datatype, (1,), optional=key != "text_input")
+        for key, datatype in _SCALARS.items()
+    ]
+    lists = [TensorSpec(key, datatype, (-1,), optional=True) for key, datatype in _LISTS.items()]
+    return ModelMetadata(
+        name=name,
+        versions=(version,),
+        platform=platform,
+        inputs=(*scalars, *lists),
+        outputs=tuple(TensorSpec(key, *spec) for key, spec in _OUTPUTS.items()),
+        decoupled=True,
+        aliases=aliases,
+    )
+
+
+async def infer_text(model: LanguageModel, request: InferRequest) -> AsyncIterator[InferResponse]:
+    """Continue `text_input`: one response, or with `stream` one for every piece of text.
+
+    With several answers (`n`, `num_return_sequences`) every output has one element per answer;
+    in a stream, the text of an answer that did not move is empty.
+
+    Raises:
+        InvalidRequest: an unknown input, output or parameter, or a value out of range.
+        Unsupported: an option that `core.refusals` or the table above names.
+        QueueFull, Unavailable: as `generate` does.
+    """
+    asked = _read(request)
+    progress = _Progress(model, request, asked)
+    deltas = model.generate(
+        GenerateRequest(
+            id=request.id,
+            prompt=TextPrompt(asked.text),
+            sampling=asked.sampling,
+            priority=asked.priority,
+        )
+    )
+    try:
+        async for delta in deltas:
+            progress.add(delta)
+            if asked.stream and (delta.text or delta.logprobs or delta.finish_reason):
+                yield progress.take()
+        if not asked.stream:
+            yield progress.take()
+    finally:
+        close = getattr(deltas, "aclose", None)
+        if close is not None:
+            await close()
+
+
+class _Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """A request, understood."""
+
+    text: str
+    stream: bool
+    prefix: str
+    """Put before every answer."""
+    outputs: tuple[str, ...]
+    sampling: SamplingParams
+    priority: int
+
+
+def _read(request: InferRequest) -> _Asked:
+    values, sampling = _collect(request)
+    refuse(values, _REFUSED)
+    text = _convert(values, "text_input", str, "")
+    stream = _convert(values, "stream", bool, False)
+    exclude = _convert(values, "exclude_input_in_output", bool, stream)
+    if stream and not exclude:
+        raise InvalidRequest(
+            "a stream never repeats its input", hint="leave out exclude_input_in_output"
+        )
+    outputs = ["text_output"]
+    for switch, names in _SWITCHES.items():
+        if _convert(values, switch, bool, False):
+            outputs += names
+    if request.outputs:
+        outputs = [output.name for output in request.outputs]
+        if unknown := [name for name in outputs if name not in _OUTPUTS]:
+            raise InvalidRequest(
+                f"unexpected inference output '{unknown[0]}' for model '{request.model_name}'",
+                hint=f"the model has {', '.join(_OUTPUTS)}",
+            )
+    if _NEED_LOGPROBS.intersection(outputs):
+        sampling.setdefault("logprobs", 0)
+    return _Asked(
+        text=text,
+        stream=stream,
+        prefix="" if exclude else text,
+        outputs=tuple(outputs),
+        sampling=_sampling(sampling),
+        priority=_convert(values, "priority", int, 0),
+    )
+
+
+def _collect(request: InferRequest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values by input name, and sampling options by SamplingParams' names."""
+    values: dict[str, Any] = {}
+    for tensor in request.inputs:
+        if tensor.name in values:
+            raise InvalidRequest(f"input '{tensor.name}' is given more than once")
+        values[tensor.name] = _value(tensor)
+    if "text_input" not in values:
+        raise InvalidRequest("input 'text_input' is missing", hint="send the prompt as text_input")
+    sampling: dict[str, Any] = {}
+    for name, value in request.parameters.items():
+        if name in _TRANSPORT:
+            continue
+        target = values if name in _SCALARS or name in _LISTS or name in _RESERVED else sampling
+        if name in target:
+            raise InvalidRequest(f"`{name}` is given as an input and as a parameter")
+        target[name] = value
+    for name, value in _decode_sampling(values.get("sampling_parameters")).items():
+        _put(sampling, name, value)
+    for name in _SAME_NAME:
+        if name in values:
+            _put(sampling, name, values[name])
+    _add_tensorrt_names(values, sampling)
+    return values, sampling
+
+
+def _add_tensorrt_names(values: dict[str, Any], sampling: dict[str, Any]) -> None:
+    """The options that the TensorRT-LLM ensemble names or means differently."""
+    if "num_return_sequences" in values:
+        _put(sampling, "n", values["num_return_sequences"])
+    if "top_p" in values:
+        _put(sampling, "top_p", values["top_p"] or 1.0)  # there 0 means off
+    if "stop_words" in values:
+        _put(sampling, "stop", values["stop_words"])
+    if "end_id" in values:
+        end_id = _convert(values, "end_id", int, 0)
+        if end_id < 0:
+            _put(sampling, "ignore_eos", True)
+        else:
+            _put(sampling, "stop_token_ids", [end_id])
+    for name in ("pad_id", "length_penalty"):  # rows are not padded, and there are no beams
+        _convert(values, name, float, 0.0)
+
+
+def _value(tensor: Tensor) -> Any:
+    """The plain value of an input of the expected datatype: a scalar, or a list for list inputs."""
+    is_list = tensor.name in _LISTS
+    datatype = _LISTS.get(tensor.name) or _SCALARS.get(tensor.name)
+    if datatype is None:
+        raise InvalidRequest(
+            f"unexpected inference input '{tensor.name}', allowed inputs are: "
+            f"{', '.join((*_SCALARS, *_LISTS))}"
+        )
+    if tensor.datatype is not datatype:
+        raise InvalidRequest(
+            f"inference input '{tensor.name}' data-type is '{tensor.datatype.value}', but a text "
+            f"model expects '{datatype.value}'"
+        )
+    items = tensor.data.ravel().tolist()
+    if datatype is DataType.BYTES:
+        items = [_text(tensor.name, item) for item in items]
+    if is_list:
+        return items
+    if len(items) != 1:
+        raise InvalidRequest(
+            f"input '{tensor.name}' has {len(items)} elements, a text model takes exactly 1",
+            hint="send one request per prompt",
+        )
+    return items[0]
+
+
+def _text(name: str, item: bytes) -> str:
+    try:
+        return item.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"input '{name}' is not UTF-8: {error}") from None
+
+
+def _decode_sampling(text: Any) -> dict[str, Any]:
+    if not text:
+        return {}
+    try:
+        options = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise InvalidRequest(f"sampling_parameters is not a JSON object: {error}") from None
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _put(sampling: dict[str, Any], name: str, value: Any) -> None:
+    if name in sampling:
+        raise InvalidRequest(f"`{name}` is given twice, as an input and as a sampling parameter")
+    sampling[name] = value
+
+
+def _sampling(options: dict[str, Any]) -> SamplingParams:
+    best_of = options.pop("best_of", None)
+    if best_of is not None and str(best_of) not in ("1", str(options.get("n", 1))):
+        raise Unsupported(f"`best_of` {best_of} is not supported: every answer is returned; use n")
+    refuse(options, REFUSED_SAMPLING)
+    known = {name: value for name, value in options.items() if name not in REFUSED_SAMPLING}
+    stop = known.get("stop")
+    if isinstance(stop, str):
+        known["stop"] = [stop] if stop else []
+    elif isinstance(stop, list):
+        known["stop"] = [word for word in stop if word != ""]
+    known.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
+    try:
+        return msgspec.convert(known, SamplingParams, strict=False)
+    except (msgspec.ValidationError, OverflowError) as error:
+        raise InvalidRequest(f"sampling parameters: {error}") from None
+
+
+def _convert(values: dict[str, Any], name: str, kind: type[Any], default: Any) -> Any:
+    if name not in values:
+        return default
+    try:
+        return msgspec.convert(values[name], kind, strict=False)
+    except (msgspec.ValidationError, OverflowError) as error:
+        raise InvalidRequest(f"`{name}`: {error}") from None
+
+
+class _Piece:
+    """What one answer has said since the last response, and its sums so far."""
+
+    def __init__(self) -> None:
+        self.cumulative_logprob = 0.0
+        self.finish_reason: FinishReason | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        self.texts: list[str] = []
+        self.num_tokens = 0
+        self.logprobs: list[PositionLogprobs] = []
+
+
+class _Progress:
+    """Collects deltas and makes responses of them."""
+
+    def __init__(self, model: LanguageModel, request: InferRequest, asked: _Asked) -> None:
+        metadata = model.metadata
+        self._model_name = request.model_name or metadata.name
+        self._model_version = request.model_version or metadata.versions[-1]
+        self._id = request.id
+        self._asked = asked
+        self._pieces = [_Piece() for _ in range(asked.sampling.n)]
+        self._num_input_tokens = 0
+        self._num_output_tokens = 0
+        self._timing = GenerateTiming(
+            arrival_ns=0, first_scheduled_ns=0, first_token_ns=0, last_token_ns=0
+        )
+
+    def add(self, delta: GenerateDelta) -> None:
+        """Take in one delta."""
+        piece = self._pieces[delta.index]
+        piece.texts.append(delta.text)
+        piece.num_tokens += len(delta.token_ids)
+        piece.logprobs += delta.logprobs
+        piece.cumulative_logprob += sum(position.chosen.logprob for position in delta.logprobs)
+        piece.finish_reason = delta.finish_reason
+        self._num_output_tokens += len(delta.token_ids)
+        if delta.prompt is not None:
+            self._num_input_tokens = delta.prompt.num_tokens
+        if delta.timing is not None:
+            self._timing = delta.timing
+
+    def take(self) -> InferResponse:
+        """A response with everything since the last one."""
+        outputs = tuple(
+            Tensor.of(name, data)
+            for name in self._asked.outputs
+            if (data := self._output(name)) is not None
+        )
+        for piece in self._pieces:
+            piece.clear()
+        finished = all(piece.finish_reason for piece in self._pieces)
+        return InferResponse(
+            model_name=self._model_name,
+            model_version=self._model_version,
+            id=self._id,
+            outputs=outputs,
+            usage=self._usage() if finished else None,
+        )
+
+    def _usage(self) -> InferUsage:
+        timing = self._timing
+        return InferUsage(
+            queue_ns=timing.first_scheduled_ns - timing.arrival_ns,
+            compute_infer_ns=timing.last_token_ns - timing.first_scheduled_ns,
+            num_input_tokens=self._num_input_tokens,
+            num_output_tokens=self._num_output_tokens,
+        )
+
+    def _output(self, name: str) -> npt.NDArray[np.generic] | None:
+        pieces = self._pieces
+        match name:
+            case "text_output":
+                return _strings([self._asked.prefix + "".join(piece.texts) for piece in pieces])
+            case "finish_reason":  # the vLLM backend writes None so, until an answer has ended
+                return _strings([str(piece.finish_reason) for piece in pieces])
+            case "cumulative_logprob" | "cum_log_probs":
+                return np.array([piece.cumulative_logprob for piece in pieces], np.float32)
+            case "logprobs":
+                return _strings([_logprobs_json(piece.logprobs) for piece in pieces])
+            case "output_log_probs":
+                width = max(len(piece.logprobs) for piece in pieces)
+                rows = np.zeros((len(pieces), width), np.float32)
+                for row, piece in zip(rows, pieces, strict=True):
+                    row[: len(piece.logprobs)] = [p.chosen.logprob for p in piece.logprobs]
+                return rows
+            case "num_input_tokens":
+                return np.array([self._num_input_tokens], np.uint32)
+            case "num_output_tokens":
+                return np.array([piece.num_tokens for piece in pieces], np.uint32)
+        if not self._timing.last_token_ns:  # the stamps come with the last token
+            return None
+        return np.array([getattr(self._timing, name.replace("_time_ns", "_ns"))], np.int64)
+
+
+def _strings(texts: list[str]) -> npt.NDArray[np.generic]:
+    array = np.empty(len(texts), np.object_)
+    array[:] = [text.encode() for text in texts]
+    return array
+
+
+def _logprobs_json(positions: list[PositionLogprobs]) -> str:
+    """A list of `{token_id: {logprob, rank, decoded_token}}`, as the vLLM backend sends them."""
+    listed = [
+        {
+            str(token.token_id): {
+                "logprob": token.logprob,
+                "rank": token.rank,
+                "decoded_token": token.token,
+            }
+            for token in (position.chosen, *position.top)
+        }
+        for position in positions
+    ]
+    return msgspec.json.encode(listed).decode()
