@@ -89,6 +89,7 @@ def serve(channel: BlockingChannel[ToEngine], make_engine: EngineFactory) -> Non
     Raises:
         PeerGone: the client is gone; the normal end.
     """
+    gc.disable()  # a fifth of the time to import torch is collections that find nothing
     try:
         first, *early = channel.receive(wait=True)
         if not isinstance(first, Configure):
@@ -103,6 +104,7 @@ def serve(channel: BlockingChannel[ToEngine], make_engine: EngineFactory) -> Non
         return
     gc.collect()
     gc.freeze()  # weights, modules and tables stay: collections need not walk them
+    gc.enable()
     channel.send(engine.info)
     try:
         _Loop(channel, engine).run(early)
