@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from naiad.backends.llm.client import Supervision
+from naiad.backends.llm.client import EngineClient, Progress, Supervision
 from naiad.backends.llm.model import EngineLanguageModel, load_language_model
 from naiad.engine.config import EngineConfig
 from tests.backends.llm import fake_engine
@@ -21,6 +21,9 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+IMPATIENT = Supervision(exit_grace_s=0.2)
+"""The default, but an engine that hangs is killed soon."""
 
 MakeModel = Callable[..., Awaitable[EngineLanguageModel]]
 
@@ -64,6 +67,43 @@ def folder(tmp_path: Path) -> Path:
     return write_text_files(tmp_path / "tiny")
 
 
+class FolderClient(EngineClient):
+    """A client that tells where its fake engine reads what to do wrong."""
+
+    folder: Path
+
+
+MakeClient = Callable[..., Awaitable[FolderClient]]
+
+
+@pytest.fixture
+async def make_client(tmp_path: Path) -> AsyncIterator[MakeClient]:
+    """Makes clients of fake engine processes, which end with the test."""
+    async with AsyncExitStack() as stack:
+
+        async def make(
+            *,
+            supervision: Supervision | None = None,
+            config: EngineConfig | None = None,
+            progress: Progress | None = None,
+            **fake_options: Any,
+        ) -> FolderClient:
+            client = FolderClient(
+                tmp_path,
+                config or EngineConfig(),
+                supervision=supervision or IMPATIENT,
+                progress=progress,
+                command=fake_engine.COMMAND,
+            )
+            client.folder = tmp_path
+            (tmp_path / "fake_engine.json").write_text(json.dumps(fake_options))
+            stack.push_async_callback(client.close)
+            await client.start()
+            return client
+
+        yield make
+
+
 @pytest.fixture
 async def make_model(tmp_path: Path) -> AsyncIterator[MakeModel]:
     """Makes models on fake engine processes, which end with the test."""
@@ -77,7 +117,7 @@ async def make_model(tmp_path: Path) -> AsyncIterator[MakeModel]:
                 path,
                 EngineConfig(**(config or {})),
                 command=fake_engine.COMMAND,
-                supervision=supervision or Supervision(),
+                supervision=supervision or IMPATIENT,
             )
             stack.push_async_callback(model.close)
             return model

@@ -136,6 +136,7 @@ class EngineClient:
         self._num_waiting_restart = 0
         self._ready = asyncio.Event()  # set unless STARTING or RESTARTING
         self._restart: asyncio.Task[None] | None = None
+        self._reaping: asyncio.Task[int] | None = None
         self._num_quick_deaths = 0
         self._load_s = 0.0
         self._ready_ns = 0
@@ -237,6 +238,8 @@ class EngineClient:
                 await self._restart
         link, self._link = self._link, None
         self._fail_in_flight(Unavailable("the model is being unloaded"))
+        if self._reaping is not None:
+            await self._reaping
         if link is not None:
             await link.end(self._supervision.exit_grace_s)
 
@@ -329,12 +332,14 @@ class EngineClient:
                 retry_after_s=self._retry_after_s(),
             )
         )
-        self._restart = asyncio.get_running_loop().create_task(self._restart_after(link))
+        loop = asyncio.get_running_loop()
+        self._reaping = loop.create_task(link.end(_DEATH_GRACE_S))
+        self._restart = loop.create_task(self._restart_after(self._reaping))
 
-    async def _restart_after(self, dead: _Link) -> None:
-        """Reap the dead process, then start new ones until one is ready or there were too many."""
+    async def _restart_after(self, reaping: asyncio.Task[int]) -> None:
+        """Once the dead process is gone, start new ones until one is ready or too many have died."""
         supervision = self._supervision
-        logger.error("engine process ended: %s", _ending(await dead.end(_DEATH_GRACE_S)))
+        logger.error("engine process ended: %s", _ending(await asyncio.shield(reaping)))
         while self._num_quick_deaths <= supervision.max_quick_deaths:
             pause_s = supervision.first_backoff_s * 2 ** (self._num_quick_deaths - 2)
             if self._num_quick_deaths > 1:

@@ -27,7 +27,7 @@ from naiad.backends.llm.requests import (
 from naiad.core.errors import NaiadError
 from naiad.core.language import GenerateDelta, GenerateRequest, LanguageModel
 from naiad.core.model import ModelMetadata
-from naiad.core.text_tensors import text_metadata
+from naiad.core.text_fields import text_metadata
 from naiad.engine.config import EngineConfig
 from naiad.engine.messages import SequenceOutput
 

@@ -99,8 +99,10 @@ class Tokenizer:
         """
         try:
             ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(f"the prompt is not valid Unicode: {error}") from None
+        except (TypeError, UnicodeEncodeError):
+            raise InvalidRequest(
+                "the prompt is not valid Unicode: it has lone surrogates"
+            ) from None
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
