@@ -56,14 +56,16 @@ def test_a_longer_tail_is_copied_and_stays_matchable() -> None:
 
 
 def test_the_last_free_page_is_cut_rather_than_copied() -> None:
-    kv = PageManager(2, 4)
+    kv = PageManager(3, 4)
+    store(kv, 9, D)
     pages = store(kv, 0, A + B)
     kv.free(0)
 
     assert store(kv, 1, [*A, B[0], 7, 7]) == pages
     assert kv.take_copies() == []
     kv.free(1)
-    assert kv.match(2, A + B) == 5  # what was cut off is not believed to be there
+    kv.free(9)
+    assert kv.match(2, [*A, *B, 8]) == 5  # what was cut off is not believed to be there
 
 
 def test_the_least_recently_used_prefix_is_evicted_leaf_first() -> None:

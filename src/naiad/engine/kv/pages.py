@@ -190,6 +190,8 @@ class PageManager:
         if self._index:
             begun = sum(1 for tokens in self._tokens if tokens)
             full = sum(1 for digest in self._digests if digest)
+            for tokens, digest in zip(self._tokens, self._digests, strict=True):
+                assert (len(tokens) == self._page_tokens) == (digest is not None)
             assert self._index.num_entries() == begun + full, "the prefix index is out of step"
 
     def _num_available(self) -> int:
