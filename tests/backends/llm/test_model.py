@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from pathlib import Path
 
 import pytest
@@ -222,5 +223,7 @@ def token_text(token_id: int) -> str:
 
 async def idle(model: EngineLanguageModel) -> None:
     """Until the engine has reported that nothing runs."""
+    deadline_s = time.monotonic() + 10
     while model.client.stats.num_running or model.client.num_in_flight:
+        assert time.monotonic() < deadline_s, model.client.stats
         await asyncio.sleep(0)
