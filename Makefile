@@ -23,12 +23,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { echo 'no venv module: install the Debian package python3-venv' >&2; exit 1; }
 	@echo 'installing into $(VENV) (a few minutes the first time)'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llm,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[llm,dev]'
 	@touch $@
 
 demo: $(INSTALLED)
 	@test -f .demo/tiny-llama/config.json || $(BIN)/python tools/make_tiny_checkpoint.py .demo/tiny-llama
-	$(BIN)/naiad serve .demo/tiny-llama --host 127.0.0.1
+	$(BIN)/naiad serve .demo/tiny-llama --http-address 127.0.0.1
 
 check: $(INSTALLED)
 	$(BIN)/ruff check --quiet

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import click
@@ -15,7 +16,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Kind = TypeVar("Kind", bound=msgspec.Struct)
 
 
-def option(setting: Setting) -> Callable[[Function], Function]:
+def option(setting: Setting, *aliases: str) -> Callable[[Function], Function]:
     """One setting as an option whose value is None when it is not given.
 
     Values stay text: `naiad.core.settings` converts and refuses them, as it does for files.
@@ -26,6 +27,7 @@ def option(setting: Setting) -> Callable[[Function], Function]:
         return click.option(f"{setting.flag}/{off}", setting.name, default=None, help=text)
     return click.option(
         setting.flag,
+        *aliases,
         setting.name,
         default=None,
         multiple=setting.is_list,
@@ -35,19 +37,24 @@ def option(setting: Setting) -> Callable[[Function], Function]:
     )
 
 
-def options(settings: Iterable[Setting]) -> Callable[[Function], Function]:
-    """Several settings as options, in their order."""
+def options(
+    settings: Iterable[Setting], aliases: Mapping[str, str] = MappingProxyType({})
+) -> Callable[[Function], Function]:
+    """Several settings as options, in their order; `aliases` has second flags by setting name."""
 
     def decorate(function: Function) -> Function:
         for setting in reversed(list(settings)):
-            function = option(setting)(function)
+            also = (aliases[setting.name],) if setting.name in aliases else ()
+            function = option(setting, *also)(function)
         return function
 
     return decorate
 
 
 def settings_options(
-    kind: type[msgspec.Struct], only: Iterable[str] = ()
+    kind: type[msgspec.Struct],
+    only: Iterable[str] = (),
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Function], Function]:
     """Every setting of `kind` (of the sections `only`, if given) as an option, and `--config`."""
     wanted = tuple(only) or tuple(sections(kind))
@@ -57,7 +64,7 @@ def settings_options(
         type=click.Path(dir_okay=False),
         help="TOML file of settings, a table per section; flags and NAIAD_* variables win over it.",
     )
-    return lambda function: config(options(every)(function))
+    return lambda function: config(options(every, aliases)(function))
 
 
 def load_settings(kind: type[Kind], config: str | None, flags: dict[str, Any]) -> Kind:

@@ -11,14 +11,14 @@ from naiad.backends.llm.model import load_language_model
 from naiad.cli.logs import configure_logs
 from naiad.cli.main import debug_option
 from naiad.cli.options import load_settings, settings_options
-from naiad.cli.settings import Settings
+from naiad.cli.settings import ALIASES, Settings
 from naiad.cli.startup import LoadingProgress, print_startup, startup_rows
 from naiad.server.lifecycle import serve
 
 
 @click.command("serve", short_help="Serve the model at PATH over HTTP.", no_args_is_help=True)
 @click.argument("path", type=click.Path())
-@settings_options(Settings)
+@settings_options(Settings, aliases=ALIASES)
 @debug_option
 def command(path: str, *, config: str | None, **flags: Any) -> None:
     """Serve the model at PATH over HTTP.
@@ -38,7 +38,7 @@ async def run(path: str, settings: Settings) -> None:
             path, settings.engine, settings.model.served_model_name, progress
         )
     try:
-        urls = [f"http://{settings.server.host}:{settings.server.port}"]
+        urls = [f"http://{settings.server.http_address}:{settings.server.http_port}"]
         names = (model.metadata.name, *model.metadata.aliases)
         print_startup(startup_rows(names, model.client.info, urls))
         await serve([model], settings.server)

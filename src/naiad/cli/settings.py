@@ -6,7 +6,7 @@ import msgspec
 
 from naiad.cli.logs import LogSettings
 from naiad.engine.config import EngineConfig
-from naiad.server.lifecycle import ServerSettings
+from naiad.server.settings import ServerSettings
 
 
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -15,6 +15,10 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     served_model_name: tuple[str, ...] = ()
     """Name that clients use for the model; more than one may be given. The folder's name and its path
     always work."""
+
+
+ALIASES = {"http_address": "--host", "http_port": "--port"}
+"""Second spellings of flags, as vLLM has them."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
