@@ -42,6 +42,8 @@ class StepBatch:
     """`[tokens]` place inside that block."""
     sampled: torch.Tensor
     """`[sampled]` indices of the tokens whose successor is wanted."""
+    block_places: int
+    """Places that a KV block has at present; slots grow (`kv.storage`), pages do not."""
 
     @property
     def num_tokens(self) -> int:
@@ -99,4 +101,5 @@ def build_batch(inputs: Sequence[RowInput], block_tokens: int, device: torch.dev
         write_blocks=blocks,
         write_offsets=offsets,
         sampled=torch.tensor(sampled, dtype=torch.int64, device=device),
+        block_places=block_tokens,
     )

@@ -20,7 +20,7 @@ from naiad.engine.families import family_of
 from naiad.engine.kv.base import KvManager
 from naiad.engine.kv.pages import PageManager
 from naiad.engine.kv.slots import SlotManager
-from naiad.engine.kv.storage import KvStorage
+from naiad.engine.kv.storage import KvStorage, SlotStorage
 from naiad.engine.messages import Ready
 from naiad.engine.ops.base import Target
 from naiad.engine.ops.table import OpTable
@@ -80,7 +80,11 @@ def load(path: Path, config: EngineConfig, progress: Progress) -> Loaded:
     )
     kv, num_blocks = _manager(config, layout, max_seqs, max_len, tokens)
     max_len = min(max_len, kv.max_tokens_per_sequence())
-    storage = KvStorage(spec, num_blocks, block_tokens, dtype=dtype, device=device)
+    storage = (
+        SlotStorage(spec, num_blocks, dtype=dtype, device=device)
+        if layout == "slots"
+        else KvStorage(spec, num_blocks, block_tokens, dtype=dtype, device=device)
+    )
     kv_bytes = kv.capacity_tokens * spec.kv_bytes_per_token(dtype.itemsize)
     weight_bytes = decoder.num_parameters * dtype.itemsize
     info = Ready(

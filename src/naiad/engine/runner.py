@@ -64,7 +64,7 @@ class Runner:
             copies: Carried out first.
             prompts: Where prompt log probabilities are wanted.
         """
-        self._storage.copy(copies)
+        self._storage.begin(batch, copies)
         x = self._decoder.hidden(batch, self._storage, every_token=bool(prompts))
         result = StepResult([])
         if prompts:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import torch
 
+from naiad.engine.batch import StepBatch
 from naiad.engine.kv.base import KvCopy
 from naiad.engine.spec import ModelSpec
 
@@ -20,10 +21,14 @@ _MAP_NORESERVE = 0x4000  # not in the mmap module; the reservation may exceed me
 
 
 class KvStorage:
-    """`tensor` is `[layers, 2, blocks, kv_heads, block_tokens, head_dim]`, keys first.
+    """Blocks of fixed size; `layers[i]` is `[2, blocks, kv_heads, block_tokens, head_dim]`, keys first.
 
-    On CPU the memory is reserved, not touched: pages of the operating system are committed when a
-    token is first written there, so a long slot that stays short costs little.
+    Args:
+        spec: The model's shape.
+        num_blocks: Pages, or slots.
+        block_tokens: Places of one block.
+        dtype: Of keys and values.
+        device: Where they are.
     """
 
     def __init__(
@@ -35,29 +40,79 @@ class KvStorage:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.num_blocks = num_blocks
-        self.block_tokens = block_tokens
-        shape = (
-            spec.num_layers,
-            2,
-            num_blocks,
-            spec.attention.num_kv_heads,
-            block_tokens,
-            spec.attention.head_dim,
-        )
-        # Zeros, not garbage: padded attention reads (and masks) places that were never written, and
-        # NaN times zero is NaN.
-        if device.type == "cpu":
-            self.tensor = _lazy_zeros(shape, dtype)
-        else:
-            self.tensor = torch.zeros(shape, dtype=dtype, device=device)
-        self.layers = list(self.tensor.unbind(0))
+        self._spec, self._num_blocks = spec, num_blocks
+        self._dtype, self._device = dtype, device
+        self.layers: list[torch.Tensor] = []
+        self._tensor = self._allocate(block_tokens)
 
-    def copy(self, orders: Iterable[KvCopy]) -> None:
-        """Carry out copy orders, in sequence; mutates the target blocks."""
-        for order in orders:
+    @property
+    def block_places(self) -> int:
+        """Places that a block has now."""
+        return self._tensor.shape[4]
+
+    def begin(self, batch: StepBatch, copies: Iterable[KvCopy]) -> None:
+        """Carry out copy orders, in sequence, before the step `batch`; mutates the target blocks."""
+        for order in copies:
             places = slice(0, order.num_tokens)
-            self.tensor[:, :, order.target, :, places] = self.tensor[:, :, order.source, :, places]
+            target = self._tensor[:, :, order.target, :, places]
+            target.copy_(self._tensor[:, :, order.source, :, places])
+        batch.block_places = self.block_places
+
+    def _allocate(self, places: int) -> torch.Tensor:
+        """Zeros, not garbage: attention may read (and mask) places that were never written, and NaN
+        times zero is NaN.
+        """
+        attention = self._spec.attention
+        heads, dim = attention.num_kv_heads, attention.head_dim
+        shape = (self._spec.num_layers, 2, self._num_blocks, heads, places, dim)
+        if self._device.type == "cpu":
+            tensor = _lazy_zeros(shape, self._dtype)
+        else:
+            tensor = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        self.layers = list(tensor.unbind(0))
+        return tensor
+
+
+class SlotStorage(KvStorage):
+    """Slots that are as long as the longest sequence of now, rounded up, not as the longest allowed.
+
+    Attention over neighbouring slots is one dense product only if slots end where the contexts do
+    (`ops.cpu`). Growing copies what the slots hold; it happens every `GROWTH_TOKENS` tokens of the
+    longest sequence, or every eighth of its length if that is more.
+    """
+
+    GROWTH_TOKENS = 64
+
+    def __init__(
+        self, spec: ModelSpec, num_blocks: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(spec, num_blocks, self.GROWTH_TOKENS, dtype=dtype, device=device)
+        self._held = [0] * num_blocks
+        """Tokens that each slot holds, live or kept for the prefix cache."""
+
+    def begin(self, batch: StepBatch, copies: Iterable[KvCopy]) -> None:
+        orders = list(copies)
+        longest = max(row.context_tokens for row in batch.rows)
+        if longest > self.block_places:
+            self._resize(longest)
+        super().begin(batch, orders)
+        for order in orders:
+            self._held[order.target] = order.num_tokens
+        for row in batch.rows:
+            self._held[row.blocks[0]] = row.context_tokens
+        if max(self._held) * 4 < self.block_places:
+            self._resize(max(self._held))
+            batch.block_places = self.block_places
+
+    def _resize(self, tokens: int) -> None:
+        """Move what the slots hold into slots of at least `tokens` places."""
+        step = max(self.GROWTH_TOKENS, tokens // 8 // self.GROWTH_TOKENS * self.GROWTH_TOKENS)
+        old = self._tensor
+        self._tensor = self._allocate(-(-tokens // step) * step)
+        for slot, held in enumerate(self._held):
+            if held:
+                places = slice(0, min(held, tokens))
+                self._tensor[:, :, slot, :, places] = old[:, :, slot, :, places]
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -29,6 +29,9 @@ QUERY_BLOCK = 128
 GROUP_OVERHEAD_BYTES = 400_000
 """Reading this many bytes of keys and values costs as much as one more batched product."""
 
+SDPA_HEADS, SDPA_PLACES = 8, 256
+"""Up to this many key heads of this many places, one fused call beats three."""
+
 _FUSED_ACTIVATIONS: dict[Activation, tuple[str, str]] = {
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
@@ -154,25 +157,28 @@ class DecodeGroup:
     context_tokens: int
     """The longest context among them; shorter ones are masked."""
     mask: torch.Tensor | None = None
-    """`[rows, 1, 1, context]`, 0 or -inf; None if all contexts are equally long."""
+    """`[rows, 1, 1, places]`, 0 or -inf; None if every place read counts."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the group."""
+        return self.last - self.first
 
 
-def decode_groups(rows: Sequence[RowSpan], overhead_tokens: int) -> list[DecodeGroup]:
+def decode_groups(rows: Sequence[RowSpan], overhead_places: int) -> list[DecodeGroup]:
     """Cut decode rows, ordered by slot, into groups that are worth one batched product each.
 
     A group is a run of consecutive slots. It grows while the places wasted on padding cost less
-    than another group: `overhead_tokens` is what one costs, in places read.
+    than another group: `overhead_places` is what one costs, in places read.
     """
     groups: list[DecodeGroup] = []
     useful = 0
     for number, row in enumerate(rows):
         length = row.context_tokens
-        if groups and row.blocks[0] == groups[-1].slot + groups[-1].last - groups[-1].first:
+        if groups and row.blocks[0] == groups[-1].slot + groups[-1].num_rows:
             group = groups[-1]
             longest = max(group.context_tokens, length)
-            padded = longest * (group.last - group.first + 1)
-            split = group.context_tokens * (group.last - group.first) + length + overhead_tokens
-            if padded <= split or padded <= useful + length + overhead_tokens:
+            if longest * (group.num_rows + 1) <= useful + length + overhead_places:
                 group.last, group.context_tokens = number + 1, longest
                 useful += length
                 continue
@@ -193,13 +199,19 @@ class SlotPlan:
 
 
 class CpuRopeWriteAttend:
-    """`RopeWriteAttend` over contiguous slots: two batched products per group or query block."""
+    """`RopeWriteAttend` over contiguous slots.
+
+    Decode batches rows of neighbouring slots into two products over whole slots: torch's batched
+    product copies an operand whose batch stride is not dense, so reading masked places is cheaper than
+    cutting them off, as long as most count. Prefill goes by blocks of queries, one product per key
+    head, for the same reason.
+    """
 
     def __init__(self, spec: AttentionSpec, to: Target) -> None:
         self._spec, self._dtype = spec, to.dtype
         self._rope = rope_table(spec.rope, spec.head_dim, to.max_model_len, to) if spec.rope else None
         self._per_kv_head = spec.num_heads // spec.num_kv_heads
-        self._overhead_tokens = GROUP_OVERHEAD_BYTES // (2 * spec.kv_size * to.dtype.itemsize)
+        self._overhead_places = GROUP_OVERHEAD_BYTES // (2 * spec.kv_size * to.dtype.itemsize)
         future = torch.full((QUERY_BLOCK, QUERY_BLOCK), float("-inf"), dtype=to.dtype).triu(1)
         self._future = future[:, None, :]
 
@@ -212,16 +224,27 @@ class CpuRopeWriteAttend:
         if self._rope is not None:
             cos, sin = self._rope[:, batch.positions].unsqueeze(2).unbind(0)
         decode = batch.rows[: batch.num_decode_rows]
-        groups = decode_groups(decode, self._overhead_tokens)
+        groups = decode_groups(decode, self._overhead_places)
         for group in groups:
-            group.mask = self._mask(decode[group.first : group.last], group.context_tokens)
+            places = self._places_read(group, batch.block_places)
+            group.mask = self._mask(decode[group.first : group.last], places)
         return SlotPlan(batch, cos, sin, groups, batch.rows[batch.num_decode_rows :])
 
-    def _mask(self, rows: Sequence[RowSpan], longest: int) -> torch.Tensor | None:
+    def _places_read(self, group: DecodeGroup, block_places: int) -> int:
+        """Whole slots if that wastes less than cutting them off would copy."""
+        if self._is_small(group) or 2 * group.context_tokens < block_places:
+            return group.context_tokens
+        return block_places
+
+    def _is_small(self, group: DecodeGroup) -> bool:
+        heads = group.num_rows * self._spec.num_kv_heads
+        return heads <= SDPA_HEADS and heads * group.context_tokens <= SDPA_HEADS * SDPA_PLACES
+
+    def _mask(self, rows: Sequence[RowSpan], places: int) -> torch.Tensor | None:
         lengths = [row.context_tokens for row in rows]
-        if min(lengths) == longest:
+        if min(lengths) == places:
             return None
-        beyond = torch.arange(longest) >= torch.tensor(lengths)[:, None]
+        beyond = torch.arange(places) >= torch.tensor(lengths)[:, None]
         mask = torch.zeros(beyond.shape, dtype=self._dtype).masked_fill_(beyond, float("-inf"))
         return mask[:, None, None, :]
 
@@ -248,7 +271,10 @@ class CpuRopeWriteAttend:
         spec, batch = self._spec, step.batch
         kv = tokens[:, spec.q_size :].view(-1, 2, spec.num_kv_heads, spec.head_dim)
         ones = batch.num_decode_rows
-        if ones:
+        if ones == 1:
+            row = batch.rows[0]
+            cache[:, row.blocks[0], :, row.context_tokens - 1] = kv[0]
+        elif ones:
             cache[:, batch.write_blocks[:ones], :, batch.write_offsets[:ones]] = kv[:ones]
         for row in step.prefills:
             new = kv[row.first : row.first + row.num_tokens]
@@ -257,34 +283,47 @@ class CpuRopeWriteAttend:
 
     def _decode(self, q: torch.Tensor, cache: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
         """`q` `[rows, q_size]` of one group, to `[rows, q_size]`."""
-        spec, rows, context = self._spec, group.last - group.first, group.context_tokens
-        heads = rows * spec.num_kv_heads
-        slots = cache[:, group.slot : group.slot + rows].flatten(1, 2)[:, :, :context]
-        queries = q.reshape(heads, self._per_kv_head, spec.head_dim) * spec.scale
-        scores = torch.bmm(queries, slots[0].mT)
+        spec, rows, per_head = self._spec, group.num_rows, self._per_kv_head
+        places = group.context_tokens if group.mask is None else group.mask.shape[-1]
+        slots = cache[:, group.slot : group.slot + rows, :, :places]
+        if self._is_small(group):
+            queries = q.view(rows, spec.num_kv_heads, per_head, spec.head_dim)
+            mixed = F.scaled_dot_product_attention(
+                queries, slots[0], slots[1], attn_mask=group.mask, scale=spec.scale
+            )
+            return mixed.reshape(rows, spec.q_size)
+        keys, values = slots.flatten(1, 2)
+        queries = q.reshape(-1, per_head, spec.head_dim) * spec.scale
+        scores = torch.bmm(queries, keys.mT)
         if group.mask is not None:
-            scores.view(rows, spec.num_kv_heads, self._per_kv_head, context).add_(group.mask)
-        return torch.bmm(scores.softmax(-1), slots[1]).view(rows, spec.q_size)
+            scores.view(rows, spec.num_kv_heads, per_head, places).add_(group.mask)
+        return torch.bmm(scores.softmax(-1), values).view(rows, spec.q_size)
 
     def _prefill(
         self, q: torch.Tensor, cache: torch.Tensor, row: RowSpan, out: torch.Tensor
     ) -> None:
         """Attention of one chunk, block of queries by block, written to the row's part of `out`."""
         spec, per_head, count = self._spec, self._per_kv_head, row.num_tokens
+        heads_shape = (count, spec.num_kv_heads, per_head, spec.head_dim)
         span = slice(row.first, row.first + count)
-        heads = q[span].view(count, spec.num_kv_heads, per_head, spec.head_dim).transpose(0, 1)
-        queries = heads.contiguous().mul_(spec.scale).flatten(1, 2)
-        target = out[span].view(count, spec.num_kv_heads, per_head, spec.head_dim).transpose(0, 1)
-        keys, values = cache[0, row.blocks[0]], cache[1, row.blocks[0]]
+        queries = q[span].view(heads_shape).transpose(0, 1).contiguous().mul_(spec.scale)
+        queries = queries.flatten(1, 2)
+        target = out[span].view(heads_shape).transpose(0, 1)
+        keys, values = cache[:, row.blocks[0]].unbind(0)
         before = row.context_tokens - count
         for first in range(0, count, QUERY_BLOCK):
             last = min(first + QUERY_BLOCK, count)
             size, seen = last - first, before + last
-            scores = torch.bmm(queries[:, first * per_head : last * per_head], keys[:, :seen].mT)
-            blocks = scores.view(spec.num_kv_heads, size, per_head, seen)
-            blocks[..., seen - size :] += self._future[:size, :, :size]
-            mixed = torch.bmm(scores.softmax(-1), values[:, :seen])
-            target[:, first:last] = mixed.view(spec.num_kv_heads, size, per_head, spec.head_dim)
+            scores = queries.new_empty(spec.num_kv_heads, size * per_head, seen)
+            for head in range(spec.num_kv_heads):
+                block = queries[head, first * per_head : last * per_head]
+                torch.mm(block, keys[head, :seen].T, out=scores[head])
+            newest = scores.view(spec.num_kv_heads, size, per_head, seen)[..., seen - size :]
+            newest += self._future[:size, :, :size]
+            weights = scores.softmax(-1)
+            for head in range(spec.num_kv_heads):
+                mixed = torch.mm(weights[head], values[head, :seen])
+                target[head, first:last] = mixed.view(size, per_head, spec.head_dim)
 
 
 def _rotate_in_place(
