@@ -33,7 +33,7 @@ from naiad.core.language import (
     TokensPrompt,
 )
 from naiad.core.model import ModelMetadata
-from naiad.core.text_tensors import text_metadata
+from naiad.core.text_fields import text_metadata
 
 Hook = Callable[[GenerateRequest, int], Awaitable[None]]
 """Awaited before the token at a position (from 0) of every answer; may wait, or raise to fail."""

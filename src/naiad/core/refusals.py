@@ -61,6 +61,8 @@ def refuse(values: Mapping[str, Any], table: Mapping[str, Refusal]) -> None:
 
 
 def _is_neutral(value: Any, refusal: Refusal) -> bool:
-    return any(value == neutral and type(value) is type(neutral) for neutral in _EMPTY) or any(
-        value == neutral for neutral in refusal.neutral
+    # To Python, True is 1; to a client, one beam is not "use beams".
+    return any(
+        value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+        for neutral in (*_EMPTY, *refusal.neutral)
     )

@@ -7,7 +7,7 @@ Naiad does not do are refused (`core.refusals`). Everything here is on top of `g
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -25,166 +25,23 @@ from naiad.core.language import (
     SamplingParams,
     TextPrompt,
 )
-from naiad.core.model import (
-    InferRequest,
-    InferResponse,
-    InferUsage,
-    ModelMetadata,
-    TensorSpec,
-)
-from naiad.core.refusals import (
-    NO_BEAMS,
-    NO_GRAMMAR,
-    NO_IMAGES,
-    NO_LORA,
-    REFUSED_SAMPLING,
-    Refusal,
-    refuse,
-)
+from naiad.core.model import InferRequest, InferResponse, InferUsage
+from naiad.core.refusals import REFUSED_SAMPLING, refuse
 from naiad.core.tensor import DataType, Tensor
+from naiad.core.text_fields import (
+    LISTS,
+    NEED_LOGPROBS,
+    OUTPUTS,
+    REFUSED,
+    RESERVED,
+    SAME_NAME,
+    SCALARS,
+    SWITCHES,
+    TRANSPORT,
+)
 
 DEFAULT_MAX_TOKENS = 16
 """What the vLLM backend generates when nobody says."""
-
-_SCALARS: Mapping[str, DataType] = {
-    "text_input": DataType.BYTES,
-    "stream": DataType.BOOL,
-    "sampling_parameters": DataType.BYTES,
-    "exclude_input_in_output": DataType.BOOL,
-    "return_finish_reason": DataType.BOOL,
-    "return_cumulative_logprob": DataType.BOOL,
-    "return_logprobs": DataType.BOOL,
-    "return_num_input_tokens": DataType.BOOL,
-    "return_num_output_tokens": DataType.BOOL,
-    "return_log_probs": DataType.BOOL,
-    "return_perf_metrics": DataType.BOOL,
-    "max_tokens": DataType.INT32,
-    "min_tokens": DataType.INT32,
-    "num_return_sequences": DataType.INT32,
-    "end_id": DataType.INT32,
-    "pad_id": DataType.INT32,
-    "top_k": DataType.INT32,
-    "top_p": DataType.FP32,
-    "temperature": DataType.FP32,
-    "length_penalty": DataType.FP32,
-    "repetition_penalty": DataType.FP32,
-    "presence_penalty": DataType.FP32,
-    "frequency_penalty": DataType.FP32,
-    "seed": DataType.UINT64,
-    # Refused unless neutral, from here on.
-    "beam_width": DataType.INT32,
-    "return_context_logits": DataType.BOOL,
-    "return_generation_logits": DataType.BOOL,
-    "embedding_request": DataType.BYTES,
-    "decoder_text_input": DataType.BYTES,
-    "guided_decoding_guide_type": DataType.BYTES,
-    "guided_decoding_guide": DataType.BYTES,
-    "lora_task_id": DataType.UINT64,
-    "num_draft_tokens": DataType.INT32,
-    "prompt_table_extra_id": DataType.UINT64,
-    "prompt_vocab_size": DataType.INT32,
-}
-_LISTS: Mapping[str, DataType] = {
-    "stop_words": DataType.BYTES,
-    "bad_words": DataType.BYTES,
-    "image": DataType.BYTES,
-    "image_url_input": DataType.BYTES,
-    "image_bytes_input": DataType.UINT8,
-    "video_bytes_input": DataType.UINT8,
-    "embedding_bias_words": DataType.BYTES,
-    "embedding_bias_weights": DataType.FP32,
-    "prompt_embedding_table": DataType.FP16,
-    "lora_weights": DataType.FP16,
-    "lora_config": DataType.INT32,
-}
-_OUTPUTS: Mapping[str, tuple[DataType, tuple[int, ...]]] = {
-    "text_output": (DataType.BYTES, (-1,)),
-    "finish_reason": (DataType.BYTES, (-1,)),
-    "cumulative_logprob": (DataType.FP32, (-1,)),
-    "logprobs": (DataType.BYTES, (-1,)),
-    "num_input_tokens": (DataType.UINT32, (1,)),
-    "num_output_tokens": (DataType.UINT32, (-1,)),
-    "cum_log_probs": (DataType.FP32, (-1,)),
-    "output_log_probs": (DataType.FP32, (-1, -1)),
-    "arrival_time_ns": (DataType.INT64, (1,)),
-    "first_scheduled_time_ns": (DataType.INT64, (1,)),
-    "first_token_time_ns": (DataType.INT64, (1,)),
-    "last_token_time_ns": (DataType.INT64, (1,)),
-}
-_SWITCHES: Mapping[str, tuple[str, ...]] = {
-    "return_finish_reason": ("finish_reason",),
-    "return_cumulative_logprob": ("cumulative_logprob",),
-    "return_logprobs": ("logprobs",),
-    "return_num_input_tokens": ("num_input_tokens",),
-    "return_num_output_tokens": ("num_output_tokens",),
-    "return_log_probs": ("cum_log_probs", "output_log_probs"),
-    "return_perf_metrics": (
-        "arrival_time_ns",
-        "first_scheduled_time_ns",
-        "first_token_time_ns",
-        "last_token_time_ns",
-    ),
-}
-_NEED_LOGPROBS = {"cumulative_logprob", "logprobs", "cum_log_probs", "output_log_probs"}
-_REFUSED: Mapping[str, Refusal] = {
-    "beam_width": NO_BEAMS,
-    "bad_words": REFUSED_SAMPLING["bad_words"],
-    "return_context_logits": Refusal("logits do not leave the engine", (False,)),
-    "return_generation_logits": Refusal("logits do not leave the engine", (False,)),
-    "embedding_request": Refusal("the model generates text only"),
-    "decoder_text_input": Refusal("the model has no encoder"),
-    "guided_decoding_guide_type": NO_GRAMMAR,
-    "guided_decoding_guide": NO_GRAMMAR,
-    "image": NO_IMAGES,
-    "image_url_input": NO_IMAGES,
-    "image_bytes_input": NO_IMAGES,
-    "video_bytes_input": NO_IMAGES,
-    "lora_task_id": NO_LORA,
-    "lora_weights": NO_LORA,
-    "lora_config": NO_LORA,
-    "num_draft_tokens": Refusal("there is no draft model", (0,)),
-    "embedding_bias_words": Refusal("use logit_bias in sampling_parameters"),
-    "embedding_bias_weights": Refusal("use logit_bias in sampling_parameters"),
-    "prompt_embedding_table": Refusal("prompts are text"),
-    "prompt_table_extra_id": Refusal("prompts are text"),
-    "prompt_vocab_size": Refusal("prompts are text"),
-    "sequence_id": Refusal("the model is not a sequence model", (0,)),
-    "sequence_start": Refusal("the model is not a sequence model", (False,)),
-    "sequence_end": Refusal("the model is not a sequence model", (False,)),
-    "timeout": Refusal("requests have no deadline of their own; close the connection", (0,)),
-}
-_SAME_NAME = (
-    "max_tokens",
-    "min_tokens",
-    "temperature",
-    "top_k",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-)
-_RESERVED = {"sequence_id", "sequence_start", "sequence_end", "timeout", "priority"}
-_TRANSPORT = {"binary_data_output", "headers"}  # of the protocol, not of the model
-
-
-def text_metadata(
-    name: str, *, platform: str, aliases: tuple[str, ...] = (), version: str = "1"
-) -> ModelMetadata:
-    """What a text model says of itself, whoever generates the text."""
-    scalars = [
-        TensorSpec(key, datatype, (1,), optional=key != "text_input")
-        for key, datatype in _SCALARS.items()
-    ]
-    lists = [TensorSpec(key, datatype, (-1,), optional=True) for key, datatype in _LISTS.items()]
-    return ModelMetadata(
-        name=name,
-        versions=(version,),
-        platform=platform,
-        inputs=(*scalars, *lists),
-        outputs=tuple(TensorSpec(key, *spec) for key, spec in _OUTPUTS.items()),
-        decoupled=True,
-        aliases=aliases,
-    )
 
 
 async def infer_text(model: LanguageModel, request: InferRequest) -> AsyncIterator[InferResponse]:
@@ -195,7 +52,7 @@ async def infer_text(model: LanguageModel, request: InferRequest) -> AsyncIterat
 
     Raises:
         InvalidRequest: an unknown input, output or parameter, or a value out of range.
-        Unsupported: an option that `core.refusals` or the table above names.
+        Unsupported: an option that `core.refusals` or `core.text_fields` names.
         QueueFull, Unavailable: as `generate` does.
     """
     asked = _read(request)
@@ -235,7 +92,7 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
 
 def _read(request: InferRequest) -> _Asked:
     values, sampling = _collect(request)
-    refuse(values, _REFUSED)
+    refuse(values, REFUSED)
     text = _convert(values, "text_input", str, "")
     stream = _convert(values, "stream", bool, False)
     exclude = _convert(values, "exclude_input_in_output", bool, stream)
@@ -244,17 +101,17 @@ def _read(request: InferRequest) -> _Asked:
             "a stream never repeats its input", hint="leave out exclude_input_in_output"
         )
     outputs = ["text_output"]
-    for switch, names in _SWITCHES.items():
+    for switch, names in SWITCHES.items():
         if _convert(values, switch, bool, False):
             outputs += names
     if request.outputs:
         outputs = [output.name for output in request.outputs]
-        if unknown := [name for name in outputs if name not in _OUTPUTS]:
+        if unknown := [name for name in outputs if name not in OUTPUTS]:
             raise InvalidRequest(
                 f"unexpected inference output '{unknown[0]}' for model '{request.model_name}'",
-                hint=f"the model has {', '.join(_OUTPUTS)}",
+                hint=f"the model has {', '.join(OUTPUTS)}",
             )
-    if _NEED_LOGPROBS.intersection(outputs):
+    if NEED_LOGPROBS.intersection(outputs):
         sampling.setdefault("logprobs", 0)
     return _Asked(
         text=text,
@@ -277,15 +134,15 @@ def _collect(request: InferRequest) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InvalidRequest("input 'text_input' is missing", hint="send the prompt as text_input")
     sampling: dict[str, Any] = {}
     for name, value in request.parameters.items():
-        if name in _TRANSPORT:
+        if name in TRANSPORT:
             continue
-        target = values if name in _SCALARS or name in _LISTS or name in _RESERVED else sampling
+        target = values if name in SCALARS or name in LISTS or name in RESERVED else sampling
         if name in target:
             raise InvalidRequest(f"`{name}` is given as an input and as a parameter")
         target[name] = value
     for name, value in _decode_sampling(values.get("sampling_parameters")).items():
         _put(sampling, name, value)
-    for name in _SAME_NAME:
+    for name in SAME_NAME:
         if name in values:
             _put(sampling, name, values[name])
     _add_tensorrt_names(values, sampling)
@@ -312,12 +169,12 @@ def _add_tensorrt_names(values: dict[str, Any], sampling: dict[str, Any]) -> Non
 
 def _value(tensor: Tensor) -> Any:
     """The plain value of an input of the expected datatype: a scalar, or a list for list inputs."""
-    is_list = tensor.name in _LISTS
-    datatype = _LISTS.get(tensor.name) or _SCALARS.get(tensor.name)
+    is_list = tensor.name in LISTS
+    datatype = LISTS.get(tensor.name) or SCALARS.get(tensor.name)
     if datatype is None:
         raise InvalidRequest(
             f"unexpected inference input '{tensor.name}', allowed inputs are: "
-            f"{', '.join((*_SCALARS, *_LISTS))}"
+            f"{', '.join((*SCALARS, *LISTS))}"
         )
     if tensor.datatype is not datatype:
         raise InvalidRequest(
