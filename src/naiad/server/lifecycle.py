@@ -55,7 +55,8 @@ class Server:
         self.registry = registry or Registry()
         self.table.register_metrics(self.registry)
         self._fronts: list[_Front] = []
-        self._stop = asyncio.Event()
+        self.draining = asyncio.Event()
+        """Set when the end has begun."""
         self._at_once = asyncio.Event()
 
     @property
@@ -91,18 +92,17 @@ class Server:
 
     def shut_down(self) -> None:
         """Begin to drain; called again, end at once."""
-        if self._stop.is_set():
+        if self.draining.is_set():
             self._at_once.set()
-        self._stop.set()
+        self.draining.set()
         self.admission.draining = True
 
     async def run(self) -> None:
         """Serve until `shut_down`, then drain, close and return."""
-        await self._stop.wait()
+        await self.draining.wait()
         _log.info("draining: %d requests are running", self.admission.num_running)
         await self._drain()
-        for front in self._fronts:
-            await front.stop()
+        await asyncio.gather(*(front.stop() for front in self._fronts))
         for served in reversed(self.table.served):
             await served.model.close()
 
@@ -189,7 +189,7 @@ class _Front:
         await self._uvicorn.listening.wait()
 
     async def stop(self) -> None:
-        self._uvicorn.should_exit = True
+        self._uvicorn.leave()
         if self._task is not None:
             await self._task
 
@@ -200,6 +200,17 @@ class _Uvicorn(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self._leaving = asyncio.Event()
+
+    def leave(self) -> None:
+        """Close the connections and return from `serve`."""
+        self.should_exit = True
+        self._leaving.set()
+
+    async def main_loop(self) -> None:
+        # The original wakes ten times a second to renew the Date header, which is off.
+        await self.on_tick(0)
+        await self._leaving.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

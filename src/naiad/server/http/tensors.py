@@ -17,7 +17,7 @@ from naiad.core.tensor import DataType, Tensor
 
 MAX_DEPTH = 100
 MAX_DIMS = 32
-"""Of numpy before 2; no model has more."""
+MAX_ELEMENTS = 2**40
 
 _FLOATS = {DataType.FP32, DataType.FP64}
 _NOT_IN_JSON = {DataType.FP16, DataType.BF16}
@@ -34,7 +34,9 @@ def tensor_from_json(name: str, datatype: DataType, shape: tuple[int, ...], data
             f"input '{name}': {datatype.value} cannot be sent as JSON",
             hint="use the binary tensor data extension, or FP32",
         )
-    if len(shape) > MAX_DIMS or any(size < 0 for size in shape):
+    # numpy overflows on what an empty tensor would span, too
+    spans = math.prod(max(size, 1) for size in shape)
+    if len(shape) > MAX_DIMS or spans > MAX_ELEMENTS or any(size < 0 for size in shape):
         raise InvalidRequest(f"input '{name}': shape {list(shape)} is not valid")
     flat = _flatten(name, data)
     expected = math.prod(shape)
