@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@test -f .demo/tiny-llama/config.json || $(BIN)/python tools/make_tiny_checkpoint.py .demo/tiny-llama
+	@test -f .demo/tiny-llama/config.json || $(BIN)/python tools/make_tiny_checkpoint.py .demo/tiny-llama --readable
 	$(BIN)/naiad serve .demo/tiny-llama --http-address 127.0.0.1
 
 check: $(INSTALLED)

@@ -71,6 +71,8 @@ class TinyCheckpoint:
     num_shards: int = 1
     """More than 1: that many safetensors files and an index."""
     chat_template: bool = True
+    readable: bool = False
+    """Llama only, untied: almost only tokens of letters, digits and spaces are ever chosen."""
 
 
 def write_checkpoint(folder: str | Path, **options: Any) -> Path:
@@ -80,11 +82,14 @@ def write_checkpoint(folder: str | Path, **options: Any) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     make_tensors, make_config = _FAMILIES[spec.family]
     dtype = getattr(torch, spec.dtype)
-    tensors = {name: t.to(dtype).contiguous() for name, t in make_tensors(spec).items()}
+    tokenizer = make_tokenizer(add_bos=spec.family == "llama")
+    tensors = make_tensors(spec)
+    if spec.readable:
+        _silence_unreadable(tensors["lm_head.weight"], tokenizer)
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     _write_tensors(path, tensors, spec.num_shards)
     _write_json(path / "config.json", make_config(spec) | _common_config(spec))
     _write_json(path / "generation_config.json", _token_ids())
-    tokenizer = make_tokenizer(add_bos=spec.family == "llama")
     tokenizer.save(str(path / "tokenizer.json"))
     _write_json(path / "tokenizer_config.json", _tokenizer_config(spec))
     return path
@@ -154,6 +159,14 @@ def _llama_tensors(spec: TinyCheckpoint) -> dict[str, torch.Tensor]:
     if not spec.tied:
         tensors["lm_head.weight"] = 2 * random.linear(spec.vocab_size, hidden)
     return tensors
+
+
+def _silence_unreadable(head: torch.Tensor, tokenizer: Tokenizer) -> None:
+    """Zero the head's rows of unreadable tokens: with so many others, one is always above zero."""
+    for token_id in range(len(head)):
+        text = tokenizer.decode([token_id])
+        if not (text.isascii() and text.replace(" ", "").isalnum()):
+            head[token_id] = 0
 
 
 def _llama_config(spec: TinyCheckpoint) -> dict[str, Any]:

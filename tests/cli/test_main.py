@@ -66,7 +66,7 @@ def test_help_shows_type_default_and_meaning() -> None:
     _, _, output = run("--help")
     text = " ".join(output.split())
     assert "--device auto|cpu Where it runs. [default: auto]" in text
-    assert "--max-num-seqs INTEGER Most sequences in one step. [default: 0]" in text
+    assert "--max-num-seqs INTEGER Most sequences in one step. [default: 0; ≥ 0, ≤ 4096]" in text
     assert "--prefix-cache / --no-prefix-cache [default: on]" in text
 
 

@@ -9,7 +9,15 @@ from typing import Any, Literal
 
 import msgspec
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+ACCESS = "naiad.access"
+"""Logger of finished requests; its messages are JSON objects already."""
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
+    "asctime",
+    "color_message",  # uvicorn's second copy of the message
+    "message",
+    "taskName",
+}
 
 
 class LogSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,6 +40,8 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
+        if record.name == ACCESS:
+            return record.getMessage()
         fields: dict[str, Any] = {
             "time": _utc(record.created),
             "level": record.levelname.lower(),
@@ -49,9 +59,14 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, and a traceback below it where there is one."""
-        pairs = "".join(f" {key}={value}" for key, value in extras(record).items())
+        message, fields = record.getMessage(), extras(record)
+        if record.name == ACCESS:
+            fields = msgspec.json.decode(message, type=dict[str, Any])
+            del fields["time"]
+            message = " ".join(str(fields.pop(key)) for key in ("method", "path", "status"))
+        pairs = "".join(f" {key}={value}" for key, value in fields.items())
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{clock} {record.levelname.lower():7} {record.getMessage()}{pairs}"
+        line = f"{clock} {record.levelname.lower():7} {message}{pairs}"
         return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
 
 
@@ -60,6 +75,7 @@ def configure_logs(settings: LogSettings) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it narrates its start and end
 
 
 def _utc(seconds: float) -> str:

@@ -21,7 +21,9 @@ def option(setting: Setting, *aliases: str) -> Callable[[Function], Function]:
 
     Values stay text: `naiad.core.settings` converts and refuses them, as it does for files.
     """
-    text = f"{setting.help} [default: {_shown(setting.default)}]".strip()
+    bounds = describe_type(setting.type).removesuffix(" or nothing").partition(", ")[2]
+    default = f"default: {_shown(setting.default)}"
+    text = f"{setting.help} [{'; '.join(filter(None, (default, bounds)))}]".strip()
     if setting.is_switch:
         off = "--no-" + setting.flag.removeprefix("--")
         return click.option(f"{setting.flag}/{off}", setting.name, default=None, help=text)
@@ -82,7 +84,7 @@ def _metavar(setting: Setting) -> str:
 def _shown(default: Any) -> str:
     match default:
         case None:
-            return "the model's"
+            return "unset"
         case bool():
             return "on" if default else "off"
         case () | {} | "":

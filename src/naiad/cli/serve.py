@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import click
@@ -13,7 +14,7 @@ from naiad.cli.main import debug_option
 from naiad.cli.options import load_settings, settings_options
 from naiad.cli.settings import ALIASES, Settings
 from naiad.cli.startup import LoadingProgress, print_startup, startup_rows
-from naiad.server.lifecycle import serve
+from naiad.server.lifecycle import Server, serve
 
 
 @click.command("serve", short_help="Serve the model at PATH over HTTP.", no_args_is_help=True)
@@ -32,15 +33,31 @@ def command(path: str, *, config: str | None, **flags: Any) -> None:
 
 
 async def run(path: str, settings: Settings) -> None:
-    """Load, say so, serve."""
+    """Load, serve, and say so once the ports answer."""
+    begun_s = time.monotonic()
     with LoadingProgress() as progress:
         model = await load_language_model(
             path, settings.engine, settings.model.served_model_name, progress
         )
+    name, *aliases = model.metadata.name, *model.metadata.aliases
+
+    def started(server: Server) -> None:
+        rows = startup_rows([name, *aliases], model.client.info, listening(server))
+        print_startup(rows)
+
+    load_s = {name: time.monotonic() - begun_s}
     try:
-        urls = [f"http://{settings.server.http_address}:{settings.server.http_port}"]
-        names = (model.metadata.name, *model.metadata.aliases)
-        print_startup(startup_rows(names, model.client.info, urls))
-        await serve([model], settings.server)
+        await serve([model], settings.server, load_s=load_s, started=started)
     finally:
         await model.close()
+
+
+def listening(server: Server) -> list[str]:
+    """Where the server answers, as a client on this host would write it."""
+    address = server.settings.http_address
+    host = "localhost" if address in ("0.0.0.0", "::") else address  # noqa: S104 - compared only
+    host = f"[{host}]" if ":" in host else host
+    urls = [f"http://{host}:{server.port}"]
+    if server.settings.allow_metrics:
+        urls.append(f"http://{host}:{server.metrics_port}/metrics")
+    return urls
