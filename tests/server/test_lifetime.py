@@ -13,6 +13,7 @@ import pytest
 from naiad.backends.scripted import ScriptedLanguageModel, wait_at
 from naiad.core.errors import InvalidSettings
 from naiad.core.language import GenerateRequest
+from naiad.server.http.protocol import MAX_HEAD_BYTES
 from naiad.server.lifecycle import Server, serve
 from naiad.server.settings import ServerSettings
 from tests.server.asgi import Client, call, make_app
@@ -258,3 +259,30 @@ async def test_two_hundred_streams_at_once_all_end_whole(start: Start) -> None:
 
     assert health.status_code == 200
     assert all(reply.text.count("data: ") == len(SCRIPT) + 3 for reply in replies)
+
+
+async def test_a_pipelined_request_does_not_hide_that_the_client_left(start: Start) -> None:
+    held = Held()
+    body = json.dumps(STREAM).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(
+        body
+    )
+    async with start(held.model) as running:
+        _, writer = await asyncio.open_connection("127.0.0.1", running.server.port)
+        writer.write((head + body) * 2)
+        await held.running()
+        writer.close()
+        await writer.wait_closed()
+        await held.model.until(lambda: held.model.num_cancelled == 1)
+        await running.server.admission.idle()
+
+
+async def test_an_endless_head_is_cut_off(start: Start) -> None:
+    async with start() as running:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.server.port)
+        writer.write(b"GET / HTTP/1.1\r\nx: ")
+        writer.write(b"y" * (MAX_HEAD_BYTES + 1))
+        reply = await reader.read()
+        writer.close()
+
+    assert reply.startswith(b"HTTP/1.1 431 ")

@@ -22,6 +22,7 @@ from naiad.core.model import Model
 from naiad.server.admission import Admission
 from naiad.server.http.app import HttpApp
 from naiad.server.http.pages import make_metrics_app
+from naiad.server.http.protocol import BoundedProtocol
 from naiad.server.models import ModelTable
 from naiad.server.settings import ServerSettings
 
@@ -168,7 +169,7 @@ class _Front:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=BoundedProtocol,
                 loop="none",
                 lifespan="off",
                 ws="none",
