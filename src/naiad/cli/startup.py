@@ -12,6 +12,8 @@ from rich.table import Table
 
 from naiad.engine.messages import Ready
 
+_NEVER_FOLD = 10_000
+
 
 class LoadingProgress:
     """A progress bar on stderr while a model loads; silent where stderr is no terminal.
@@ -66,7 +68,10 @@ def print_startup(rows: Iterable[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_NEVER_FOLD)
+    console.print(table)
 
 
 def _short(number: int) -> str:
