@@ -20,6 +20,9 @@ from naiad.engine.spec import ModelSpec
 
 Progress = Callable[[float, str], None]
 
+TUNING_BYTES = 256 << 20
+"""Tuning runs this much of the weights: more than caches hold, little enough to take no time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -109,6 +112,7 @@ class Decoder:
             stem = f"{family.positions}.weight"
             positions = reader.take(stem, spec.max_positions, spec.hidden_size)
         self.spec = spec
+        self._dtype, self._device = ops.to.dtype, ops.to.device
         self._embed = ops.embed(embedding, positions)
         self._attend = ops.attend(spec.attention)
         self._layers = []
@@ -117,7 +121,19 @@ class Decoder:
             progress((number + 1) / (spec.num_layers + 1), f"layer {number + 1}/{spec.num_layers}")
         self._logits = ops.logits(reader.norm(family.final_norm), reader.head(embedding))
         self.num_parameters = reader.num_parameters
+        if self.num_parameters * 2 > TUNING_BYTES // 4:
+            ops.tune(self._project)
         progress(1.0, "weights loaded")
+
+    @torch.inference_mode()
+    def _project(self, rows: int) -> None:
+        """Run projections of some layers on made-up rows, for tuning."""
+        spec = self.spec
+        layer_bytes = 2 * self.num_parameters // spec.num_layers
+        for layer in self._layers[: max(1, TUNING_BYTES // layer_bytes)]:
+            x = torch.ones(rows, spec.hidden_size, dtype=self._dtype, device=self._device)
+            mixed = layer.qkv.run(x)[:, : spec.attention.q_size].contiguous()
+            layer.mlp_out.run(layer.mlp_in.run(x), layer.attention_out.run(mixed, x))
 
     @torch.inference_mode()
     def hidden(self, batch: StepBatch, kv: KvStorage, *, every_token: bool = False) -> torch.Tensor:

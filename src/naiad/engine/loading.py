@@ -71,6 +71,8 @@ def load(path: Path, config: EngineConfig, progress: Progress) -> Loaded:
     before = memory.free_bytes(device)
     target = Target(device, dtype, block_tokens, max_len)
     decoder = Decoder(spec, family, checkpoint, OpTable(config.ops, target), progress)
+    if device.type == "cpu":
+        memory.use_huge_pages()
     tokens = memory.cache_tokens(
         config,
         spec,

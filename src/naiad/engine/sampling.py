@@ -93,7 +93,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         `[rows]` int64.
     """
     if batch.bias is None and batch.penalties is None and batch.temperature is None:
-        return logits.argmax(-1)
+        return greedy(logits)
     scores = logits.float() if logits.dtype != torch.float32 else logits.clone()
     if batch.bias is not None:
         rows, tokens, values = batch.bias
@@ -101,11 +101,18 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     if batch.penalties is not None:
         _penalise(scores, batch.penalties)
     if batch.temperature is None or batch.uniform is None:
-        return scores.argmax(-1)
-    greedy = batch.temperature == 0
-    kept = _filter(scores / batch.temperature.masked_fill(greedy, 1.0), batch)
+        return greedy(scores)
+    certain = batch.temperature == 0
+    kept = _filter(scores / batch.temperature.masked_fill(certain, 1.0), batch)
     drawn = _draw(kept, batch.uniform)
-    return torch.where(greedy.squeeze(1), scores.argmax(-1), drawn)
+    return torch.where(certain.squeeze(1), greedy(scores), drawn)
+
+
+def greedy(scores: torch.Tensor) -> torch.Tensor:
+    """The first most likely token of each row, `[rows]` int64."""
+    if scores.device.type == "cpu":  # numpy's is vectorised; torch's takes 40 times as long in bf16
+        return torch.from_numpy(scores.float().numpy().argmax(-1))
+    return scores.argmax(-1)
 
 
 def _penalise(scores: torch.Tensor, penalties: Penalties) -> None:

@@ -1,14 +1,14 @@
 """Op bodies for CPUs: prepacked oneDNN projections and batched attention over contiguous slots.
 
 Why these: `F.linear` repacks its weight at every call and reads at half the bandwidth of a prepacked
-one; one row is slower than two in oneDNN, so a step of one token carries a padding row; scaled dot
-product attention is a trap in decode (20x slower than two batched products). Measured in
-`benchmarks/results`.
+one; oneDNN reads weights fastest with two rows or four, depending on the machine, so a step of one token
+carries padding rows; scaled dot product attention is a trap in decode beyond a few small rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,8 +20,8 @@ from naiad.engine.ops.base import Bodies, Linear, Norm, Target
 from naiad.engine.ops.reference import ReferenceEmbed, finish, normalise, norm_to, rope_table
 from naiad.engine.spec import Activation, AttentionSpec
 
-MIN_ROWS = 2
-"""oneDNN leaves its slow matrix-vector path at two rows."""
+ROW_CHOICES = (2, 1, 4)
+"""How many rows a step of one token may be padded to; the first wins ties (see `tune`)."""
 
 QUERY_BLOCK = 128
 """Query tokens of one prefill attention block: scores stay in cache, few masked places computed."""
@@ -53,9 +53,42 @@ def _packs(to: Target) -> bool:
     return False
 
 
-def pad_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x`, with its row repeated if there is only one."""
-    return x.expand(MIN_ROWS, -1).contiguous() if x.shape[0] == 1 else x
+class Padding:
+    """The fewest rows that projections of one model are called with; set by `tune`."""
+
+    def __init__(self) -> None:
+        self.rows = ROW_CHOICES[0]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` with zero rows added up to the minimum."""
+        missing = self.rows - x.shape[0]
+        return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x
+
+
+PADDING = Padding()
+"""A property of the machine, so one for the process."""
+
+
+def tune(project: Callable[[int], None]) -> None:
+    """Measure which number of rows this machine's oneDNN is fastest at, once the weights are packed.
+
+    Args:
+        project: Runs projections of the model, more than fit into the processor's cache, with this
+            many rows.
+    """
+    seconds = {}
+    for rows in ROW_CHOICES:
+        project(rows)
+        seconds[rows] = min(_timed(project, rows) for _ in range(3))
+    first = ROW_CHOICES[0]
+    best = min(seconds, key=lambda rows: seconds[rows])
+    PADDING.rows = best if seconds[best] < 0.95 * seconds[first] else first
+
+
+def _timed(project: Callable[[int], None], rows: int) -> float:
+    start = time.perf_counter()
+    project(rows)
+    return time.perf_counter() - start
 
 
 class PackedLinear:
@@ -82,10 +115,10 @@ class PackedLinear:
 
 
 class CpuEmbed(ReferenceEmbed):
-    """`Embed` that carries a padding row when the step has one token."""
+    """`Embed` that carries padding rows when the step has fewer tokens than projections like."""
 
     def run(self, batch: StepBatch) -> torch.Tensor:
-        return pad_rows(super().run(batch))
+        return PADDING(super().run(batch))
 
 
 class CpuNormLinear:
@@ -144,7 +177,7 @@ class CpuLogits:
         return cls(norm, head, to) if _packs(to) else None
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        return self._head(pad_rows(normalise(x, self._norm)))[: x.shape[0]]
+        return self._head(PADDING(normalise(x, self._norm)))[: x.shape[0]]
 
 
 @dataclass(slots=True)
