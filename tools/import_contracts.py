@@ -39,11 +39,16 @@ class NeverContract(Contract):
     forbidden = fields.ListField(subfield=fields.StringField())
     # Modules that may import it; a source that imports such a module breaks the contract.
     exceptions = fields.ListField(subfield=fields.StringField(), required=False)
+    # Modules that import only when they are used (`naiad` itself): no chain goes through them.
+    lazy = fields.ListField(subfield=fields.StringField(), required=False)
 
     def check(self, graph: ImportGraph, verbose: bool) -> ContractCheck:
         """Look for the shortest chain from every source module to every forbidden package."""
         sources, forbidden = _names(self.sources), _names(self.forbidden)
         exceptions = _names(self.exceptions)
+        for module in graph.modules & set(_names(self.lazy)):
+            for imported in graph.find_modules_directly_imported_by(module):
+                graph.remove_import(importer=module, imported=imported)
         chains = []
         for source in _modules_of(graph, sources):
             if is_within(source, exceptions):

@@ -71,6 +71,11 @@ def test_never_has_exceptions_by_module() -> None:
     assert contract(NeverContract, **options, exceptions=["naiad.engine.kv"]) == []
 
 
+def test_never_does_not_go_through_lazy_modules() -> None:
+    options = {"sources": ["naiad.server"], "forbidden": ["naiad.engine"]}
+    assert contract(NeverContract, **options, lazy=["naiad.backends.llm"]) == []
+
+
 def test_only_allows_the_standard_library_and_what_is_listed() -> None:
     assert contract(OnlyContract, sources=["naiad.engine"], allowed=["torch"]) == []
     assert contract(OnlyContract, sources=["naiad.engine"], allowed=["numpy"]) == [
