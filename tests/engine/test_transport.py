@@ -26,9 +26,9 @@ class Blob(msgspec.Struct, tag="blob"):
     data: bytes
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": request.param}
 
 
 def frame(message: msgspec.Struct) -> bytes:

@@ -28,9 +28,9 @@ IMPATIENT = Supervision(exit_grace_s=0.2)
 MakeModel = Callable[..., Awaitable[EngineLanguageModel]]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"use_uvloop": request.param}
 
 
 def byte_level_tokenizer() -> Tokenizer:

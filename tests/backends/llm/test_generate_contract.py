@@ -35,8 +35,8 @@ SCRIPT = [" the", " cat", " sat", " on", " a", " mat", "."]
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": True}
 
 
 @pytest.fixture(scope="module")

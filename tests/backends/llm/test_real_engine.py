@@ -29,6 +29,11 @@ PROMPTS = ["Once upon a time", "The quick brown fox", "0 1 2 3", "Où est la bib
 LONG = SamplingParams(max_tokens=480, ignore_eos=True)
 
 
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": True}
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("real") / "tiny")

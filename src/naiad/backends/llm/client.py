@@ -108,7 +108,7 @@ class EngineClient:
         path: The checkpoint's folder.
         config: Sent to the engine as it is.
         supervision: Time-outs and restarts.
-        progress: Called with the fraction loaded and what is being done.
+        progress: Called during the first load with the fraction done and what is being done.
         on_step: Called with every step's report after its outputs have been delivered.
         command: Starts the process; the socket's descriptor and our pid are appended.
     """
@@ -370,6 +370,7 @@ class EngineClient:
             self._link = None
             await asyncio.shield(link.end(0.0))
             raise
+        self._progress = None  # a restart is told by the log, not by a progress bar
         link.on_message = self._on_message
         link.on_lost = self._on_lost
         self._ready_ns = self._heard_ns = time.monotonic_ns()

@@ -155,21 +155,30 @@ class _TokenBytes(dict[int, bytes]):
 class ByteDetokenizer:
     """For byte-level vocabularies (GPT-2, Llama 3, Qwen): every token is bytes, whatever precedes."""
 
-    __slots__ = ("_bytes", "_decode", "_skipped")
+    __slots__ = ("_bytes", "_decoder", "_is_whole", "_skipped")
 
     def __init__(self, token_bytes: _TokenBytes, skipped: frozenset[int]) -> None:
         self._bytes = token_bytes
         self._skipped = skipped
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_whole = True  # no character is incomplete
 
     def feed(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens complete."""
         table, skipped = self._bytes, self._skipped
-        return self._decode(b"".join([table[t] for t in token_ids if t not in skipped]))
+        data = b"".join([table[t] for t in token_ids if t not in skipped])
+        if self._is_whole:
+            try:
+                return data.decode()  # nearly always, and four times as fast
+            except UnicodeDecodeError:
+                pass
+        text = self._decoder.decode(data)
+        self._is_whole = not self._decoder.getstate()[0]
+        return text
 
     def flush(self) -> str:
         """A U+FFFD if the last character is incomplete."""
-        return self._decode(b"", True)
+        return self._decoder.decode(b"", True)
 
 
 class StreamDetokenizer:
