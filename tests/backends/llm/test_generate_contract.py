@@ -30,7 +30,7 @@ from naiad.engine.config import EngineConfig
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
-LONG = {"max_tokens": 400, "ignore_eos": True, "temperature": 0.0}
+LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True, "temperature": 0.0}
 SCRIPT = [" the", " cat", " sat", " on", " a", " mat", "."]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from naiad.backends.llm.offline import LLM
+from naiad.backends.llm.offline import LLM, AnyPrompt
 from naiad.core.errors import InvalidModel, InvalidRequest, InvalidSettings, QueueFull, WireError
 from naiad.core.language import FinishReason, SamplingParams, TokensPrompt
 from naiad.engine.messages import Rejected, StepOutputs
@@ -30,7 +30,8 @@ def engine_of(llm: LLM) -> FakeEngine:
 def test_one_text_one_list_of_ids_and_lists_of_both(llm: LLM) -> None:
     (one,) = llm.generate("the cat", FEW, use_tqdm=False)
     (ids,) = llm.generate([5, 6], FEW, use_tqdm=False)
-    several = llm.generate(["the cat", [5, 6], TokensPrompt((7,))], FEW, use_tqdm=False)
+    prompts: list[AnyPrompt] = ["the cat", [5, 6], TokensPrompt((7,))]
+    several = llm.generate(prompts, FEW, use_tqdm=False)
 
     assert one.prompt == "the cat"
     assert one.prompt_token_ids[0] == 0
@@ -84,8 +85,9 @@ def test_one_conversation_or_several(llm: LLM) -> None:
 
 
 def test_nothing_runs_if_one_prompt_is_invalid(llm: LLM) -> None:
+    prompts: list[AnyPrompt] = ["the cat", TokensPrompt(())]
     with pytest.raises(InvalidRequest, match="prompt 1: the prompt is empty"):
-        llm.generate(["the cat", TokensPrompt(())], FEW, use_tqdm=False)
+        llm.generate(prompts, FEW, use_tqdm=False)
     assert engine_of(llm).stats.num_steps == 0
 
 
