@@ -61,7 +61,7 @@ def naiad_engine(path: str) -> Run:
 
     def run(prompts: list[list[int]], num_output: int) -> int:
         params = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
-        outputs = llm.generate(prompts, params, progress=False)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
     return run

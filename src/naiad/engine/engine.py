@@ -197,8 +197,8 @@ class Engine:
             stop_token_id=update.stop_token_id,
             prompt_cached_tokens=sequence.num_cached,
             prompt_logprobs=self._take_prompt_logprobs(request) if wants_prompt else None,
-            first_scheduled_ns=sequence.first_scheduled_ns if finished else 0,
-            first_token_ns=sequence.first_token_ns if finished else 0,
+            first_scheduled_ns=sequence.first_scheduled_ns if first or finished else 0,
+            first_token_ns=sequence.first_token_ns if first or finished else 0,
         )
 
     def _take_prompt_logprobs(self, request: EngineRequest) -> list[TokenLogprobs | None]:

@@ -178,7 +178,7 @@ def _draw(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     point = uniform * mass[:, -1:]
     found = torch.searchsorted(mass, point, right=True).squeeze(1)
     # Rounding can put the point on the end of the distribution: take the last token with any mass.
-    last = torch.searchsorted(mass, mass[:, -1:]).squeeze(1)
+    last = torch.searchsorted(mass, mass[:, -1:].contiguous()).squeeze(1)
     return torch.minimum(found, last).clamp(max=scores.shape[1] - 1)
 
 

@@ -299,6 +299,15 @@ def test_a_full_queue_refuses_and_says_how_full() -> None:
     scheduler.add(request(2, C), 0)
 
 
+def test_requests_that_free_rows_will_take_do_not_count_as_waiting() -> None:
+    scheduler = with_pages(queue=1, rows=2)
+    for number in range(3):  # two rows and one place in the queue, before any step
+        scheduler.add(request(number, A), 0)
+
+    with pytest.raises(QueueFull):
+        scheduler.add(request(3, B), 0)
+
+
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "text"),
     [

@@ -92,11 +92,11 @@ class Scheduler:
 
         Raises:
             InvalidRequest: It can never run here; the message has the numbers.
-            QueueFull: `max_queued_requests` are waiting.
+            QueueFull: `max_queued_requests` are waiting, beside those that free rows will take.
         """
         self._validate(request)
         limit = self._config.max_queued_requests
-        if self._num_new >= limit:
+        if self._num_new >= limit + len(self._free_rows):
             raise QueueFull(
                 f"{limit} requests are waiting, which is the limit",
                 hint="retry after a pause, or raise max_queued_requests",
