@@ -8,9 +8,7 @@ every position; tokens through the engine. Needs no pytest.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,66 +18,32 @@ import transformers
 
 from naiad.engine.batch import RowInput, build_batch
 from naiad.engine.checkpoint import Checkpoint, read_config
-from naiad.engine.config import EngineConfig
 from naiad.engine.decoder import Decoder
-from naiad.engine.engine import Engine
 from naiad.engine.families import family_of
 from naiad.engine.kv.base import KvCopy
 from naiad.engine.kv.storage import KvStorage, SlotStorage
-from naiad.engine.messages import EngineRequest, EngineSampling, EngineStats, SequenceOutput
+from naiad.engine.messages import EngineRequest, EngineSampling
 from naiad.engine.ops.base import Target
 from naiad.engine.ops.table import OpTable
 from naiad.engine.rows import Draw, RowTable
 from naiad.engine.sampling import sample
-from tools.make_tiny_checkpoint import write_checkpoint
+from tests.engine.driving import (
+    MAX_LEN,
+    PAGE_TOKENS,
+    Setup,
+    checkpoint,
+    drive,
+    greedy,
+    make_engine,
+    request,
+    tokens_of,
+)
 
 Numbers = dict[str, float]
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-gqa": {"family": "llama", "num_heads": 4, "num_kv_heads": 2},
-    "llama-mqa-wide-heads": {"family": "llama", "num_kv_heads": 1, "head_dim": 32, "num_shards": 2},
-    "llama-mha-tied-biased": {
-        "family": "llama",
-        "num_kv_heads": 4,
-        "tied": True,
-        "attention_bias": True,
-        "rope_theta": 500_000.0,
-    },
-    "gpt2": {"family": "gpt2"},
-    "gpt2-bare-names": {"family": "gpt2", "bare_names": True, "num_layers": 3, "seed": 1},
-}
-"""Options of `tools.make_tiny_checkpoint` by name."""
-
-PAGE_TOKENS = 16
 NUM_PAGES = 64
-MAX_LEN = 128
 LENGTHS = (37, 64, 5, 90)
 """Of the sequences whose logits are compared."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How the engine side runs."""
-
-    device: str = "cpu"
-    dtype: str = "float32"
-    ops: str = "reference"
-    layout: str = "pages"
-
-    def __str__(self) -> str:
-        return f"{self.device}-{self.dtype}-{self.ops}-{self.layout}"
-
-
-@cache
-def checkpoint(shape: str, dtype: str = "float32") -> Path:
-    """The folder of a shape's checkpoint, written once; kept until the process ends."""
-    root = Path(_folder().name, f"{shape}-{dtype}")
-    return write_checkpoint(root, dtype=dtype, **SHAPES[shape])
-
-
-@cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="naiad-golden-")
 
 
 @cache
@@ -113,13 +77,6 @@ def reference_tokens(path: Path, prompt: tuple[int, ...], num_tokens: int) -> li
     )
     answer: list[int] = found[0, len(prompt) :].tolist()
     return answer
-
-
-def tokens_of(seed: int, length: int) -> list[int]:
-    """Random token ids without the special ones."""
-    generator = torch.Generator().manual_seed(seed)
-    ids: list[int] = torch.randint(5, 512, (length,), generator=generator).tolist()
-    return ids
 
 
 # ---------------------------------------------------------------- logits, through the decoder
@@ -323,66 +280,6 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> Numbers:
 
 
 # ---------------------------------------------------------------- tokens, through the engine
-
-
-def greedy(**options: Any) -> EngineSampling:
-    """Greedy sampling that ends only at `max_tokens`."""
-    return EngineSampling(**({"temperature": 0.0, "seed": 0} | options))
-
-
-def request(number: int, prompt: Sequence[int], sampling: EngineSampling) -> EngineRequest:
-    """A request that has just arrived."""
-    return EngineRequest(id=number, prompt_token_ids=list(prompt), sampling=sampling, arrival_ns=0)
-
-
-@dataclass
-class Answers:
-    """What an engine said to some requests."""
-
-    tokens: dict[tuple[int, int], list[int]]
-    """By request id and index of the answer."""
-    outputs: list[SequenceOutput]
-    stats: EngineStats
-    num_mixed_steps: int
-    """Steps that both went on with an answer and read prompt tokens."""
-
-
-def drive(engine: Engine, requests: Sequence[tuple[int, EngineRequest]]) -> Answers:
-    """Submit each request before the step it comes with, and run until all are answered."""
-    waiting = sorted(requests, key=lambda pair: pair[0])
-    answers = Answers({}, [], engine.stats(), 0)
-    num_steps = 0
-    while waiting or engine.has_work():
-        while waiting and (waiting[0][0] <= num_steps or not engine.has_work()):
-            engine.submit(waiting.pop(0)[1])
-        step = engine.step()
-        assert not step.rejected, step.rejected
-        num_steps += 1
-        going_on = [out for out in step.outputs if (out.id, out.index) in answers.tokens]
-        if going_on and step.stats.num_step_tokens > len(step.outputs):
-            answers.num_mixed_steps += 1
-        for out in step.outputs:
-            answers.tokens.setdefault((out.id, out.index), []).extend(out.token_ids)
-        answers.outputs += step.outputs
-        answers.stats = step.stats
-        engine.check()
-    return answers
-
-
-def make_engine(shape: str, setup: Setup, **options: Any) -> Engine:
-    """An engine on the shape's checkpoint; small pages and no "auto"."""
-    defaults: dict[str, Any] = {
-        "device": setup.device,
-        "dtype": setup.dtype,
-        "ops": setup.ops,
-        "kv_layout": setup.layout,
-        "kv_page_tokens": PAGE_TOKENS,
-        "kv_cache_tokens": 1024,
-        "max_model_len": MAX_LEN,
-        "max_num_seqs": 8,
-        "num_threads": torch.get_num_threads(),
-    }
-    return Engine(checkpoint(shape, setup.dtype), EngineConfig(**(defaults | options)))
 
 
 def _compare_tokens(

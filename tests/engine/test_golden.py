@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine import golden
-from tests.engine.golden import Setup
+from tests.engine.driving import SHAPES, Setup
 
 MAX_ABS_ERROR = 1e-4
 
@@ -16,7 +16,7 @@ SETUPS = [
     Setup(ops=ops, layout=layout) for ops in ("reference", "cpu") for layout in ("pages", "slots")
 ]
 every_setup = pytest.mark.parametrize("setup", SETUPS, ids=str)
-every_shape = pytest.mark.parametrize("shape", golden.SHAPES)
+every_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
 @every_shape

@@ -29,7 +29,8 @@ import torch
 import transformers
 
 from tests.engine import golden
-from tests.engine.golden import Numbers, Setup
+from tests.engine.driving import SHAPES, Setup
+from tests.engine.golden import Numbers
 
 MAX_ABS_ERROR = 1e-4
 MAX_RELATIVE_ERROR = 1e-2
@@ -65,7 +66,7 @@ def cases(device: str) -> Iterator[tuple[dict[str, str], Callable[[], Numbers], 
     for dtype in ("float32", "bfloat16"):
         for layout in ("pages", "slots"):
             setup = Setup(device, dtype, "reference", layout)
-            for shape in golden.SHAPES:
+            for shape in SHAPES:
                 yield from _cases_of(setup, shape)
 
 

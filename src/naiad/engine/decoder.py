@@ -60,11 +60,15 @@ class WeightReader:
         bias = self.take(f"{stem}.bias", size) if spec.kind == "layer" else None
         return Norm(spec, self.take(f"{stem}.weight", size), bias)
 
-    def linear(self, prefix: str, stems: tuple[str, ...], outs: tuple[int, ...], width: int) -> Linear:
-        """One projection of `width` inputs, its parts of `outs` rows stacked; biases where present.
+    def linear(
+        self, prefix: str, stems: tuple[str, ...], outs: tuple[int, ...], width: int, *, bias: bool
+    ) -> Linear:
+        """One projection of `width` inputs, its parts of `outs` rows stacked.
 
-        A single stem holds all parts already merged.
+        A single stem holds all parts already merged. With `bias`, every part must have one;
+        otherwise all or none.
         """
+        bias = bias or any(self.has(f"{prefix}{stem}.bias") for stem in stems)
         sizes = (sum(outs),) if len(stems) == 1 else outs
         weights, biases = [], []
         for stem, out in zip(stems, sizes, strict=True):
@@ -72,12 +76,9 @@ class WeightReader:
             shape = (width, out) if self._family.transposed else (out, width)
             weight = self.take(f"{name}.weight", *shape)
             weights.append(weight.T if self._family.transposed else weight)
-            if self.has(f"{name}.bias"):
+            if bias:
                 biases.append(self.take(f"{name}.bias", out))
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        if biases and len(biases) != len(stems):
-            missing = next(s for s in stems if not self.has(f"{prefix}{s}.bias"))
-            self.take(f"{prefix}{missing}.bias", sizes[stems.index(missing)])  # raises, by name
         return Linear(weight, torch.cat(biases) if biases else None)
 
     def head(self, embedding: torch.Tensor) -> torch.Tensor:
@@ -172,20 +173,28 @@ def _read_layer(
     return Layer(
         qkv=ops.norm_linear(
             reader.norm(prefix + names.attention_norm),
-            reader.linear(prefix, names.qkv, qkv_sizes, hidden),
+            reader.linear(prefix, names.qkv, qkv_sizes, hidden, bias=spec.attention_bias),
             None,
             gated=False,
         ),
         attention_out=ops.linear_residual(
-            reader.linear(prefix, (names.attention_out,), (hidden,), attention.q_size)
+            reader.linear(
+                prefix,
+                (names.attention_out,),
+                (hidden,),
+                attention.q_size,
+                bias=spec.attention_bias,
+            )
         ),
         mlp_in=ops.norm_linear(
             reader.norm(prefix + names.mlp_norm),
-            reader.linear(prefix, names.mlp_in, mlp_sizes, hidden),
+            reader.linear(prefix, names.mlp_in, mlp_sizes, hidden, bias=spec.mlp_bias),
             mlp.activation,
             gated=mlp.gated,
         ),
         mlp_out=ops.linear_residual(
-            reader.linear(prefix, (names.mlp_out,), (hidden,), mlp.intermediate_size)
+            reader.linear(
+                prefix, (names.mlp_out,), (hidden,), mlp.intermediate_size, bias=spec.mlp_bias
+            )
         ),
     )

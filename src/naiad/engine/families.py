@@ -47,11 +47,28 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     """True: linear weights are stored [in, out] (GPT-2's Conv1D)."""
 
 
-def require(config: Config, name: str) -> Any:
-    """A key of `config.json` that has no default; raises `InvalidModel` naming it."""
-    if config.get(name) is None:
+def require(config: Config, name: str) -> int:
+    """A size in `config.json` that has no default; raises `InvalidModel` naming it."""
+    value = config.get(name)
+    if value is None:
         raise InvalidModel(f"config.json lacks {name!r}", hint="the checkpoint is incomplete")
-    return config[name]
+    if type(value) is not int or value < 1:
+        raise InvalidModel(f"config.json has {name} = {value!r}, expected a positive integer")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float):
+        raise InvalidModel(f"config.json has {name} = {value!r}, expected a number")
+    return float(value)
+
+
+def _divide(config: Config, whole: str, part: str) -> int:
+    """How many times `part` goes into `whole`, which it must do without a rest."""
+    total, size = require(config, whole), require(config, part)
+    if total % size:
+        raise InvalidModel(f"config.json has {whole} = {total}, not a multiple of {part} = {size}")
+    return total // size
 
 
 def refuse_unless(config: Config, name: str, allowed: tuple[Any, ...], default: Any) -> Any:
@@ -70,32 +87,41 @@ def dtype_name(config: Config) -> str:
 
 def _llama_rope(config: Config) -> RopeSpec:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InvalidModel(f"config.json has RoPE parameters {rope!r}, expected an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise InvalidModel(f"config.json has RoPE scaling {kind!r}; implemented: 'default'")
     theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-    return RopeSpec(theta=float(theta))
+    return RopeSpec(theta=_number("rope_theta", theta))
 
 
 def _llama_spec(config: Config) -> ModelSpec:
     refuse_unless(config, "hidden_act", ("silu",), "silu")
-    hidden, heads = require(config, "hidden_size"), require(config, "num_attention_heads")
-    head_dim = config.get("head_dim") or hidden // heads
+    heads = kv_heads = require(config, "num_attention_heads")
+    if config.get("num_key_value_heads") is not None:
+        kv_heads = heads // _divide(config, "num_attention_heads", "num_key_value_heads")
+    if config.get("head_dim") is not None:
+        head_dim = require(config, "head_dim")
+    else:
+        head_dim = _divide(config, "hidden_size", "num_attention_heads")
     return ModelSpec(
         architecture="LlamaForCausalLM",
         vocab_size=require(config, "vocab_size"),
-        hidden_size=hidden,
+        hidden_size=require(config, "hidden_size"),
         num_layers=require(config, "num_hidden_layers"),
         max_positions=require(config, "max_position_embeddings"),
-        norm=NormSpec("rms", float(config.get("rms_norm_eps", 1e-6))),
+        norm=NormSpec("rms", _number("rms_norm_eps", config.get("rms_norm_eps", 1e-6))),
         attention=AttentionSpec(
             num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
+            num_kv_heads=kv_heads,
             head_dim=head_dim,
             scale=head_dim**-0.5,
             rope=_llama_rope(config),
         ),
         mlp=MlpSpec(require(config, "intermediate_size"), "silu", gated=True),
+        attention_bias=bool(config.get("attention_bias", False)),
+        mlp_bias=bool(config.get("mlp_bias", False)),
         tied_head=bool(config.get("tie_word_embeddings", False)),
         dtype=dtype_name(config),
     )
@@ -105,7 +131,7 @@ def _gpt2_spec(config: Config) -> ModelSpec:
     act = refuse_unless(config, "activation_function", ("gelu_new", "gelu", "relu"), "gelu_new")
     refuse_unless(config, "scale_attn_by_inverse_layer_idx", (False, None), default=False)
     hidden, heads = require(config, "n_embd"), require(config, "n_head")
-    head_dim = hidden // heads
+    head_dim = _divide(config, "n_embd", "n_head")
     scaled = config.get("scale_attn_weights", True)
     return ModelSpec(
         architecture="GPT2LMHeadModel",
@@ -113,7 +139,9 @@ def _gpt2_spec(config: Config) -> ModelSpec:
         hidden_size=hidden,
         num_layers=require(config, "n_layer"),
         max_positions=require(config, "n_positions"),
-        norm=NormSpec("layer", float(config.get("layer_norm_epsilon", 1e-5))),
+        norm=NormSpec(
+            "layer", _number("layer_norm_epsilon", config.get("layer_norm_epsilon", 1e-5))
+        ),
         attention=AttentionSpec(
             num_heads=heads,
             num_kv_heads=heads,
@@ -121,10 +149,12 @@ def _gpt2_spec(config: Config) -> ModelSpec:
             scale=head_dim**-0.5 if scaled else 1.0,
         ),
         mlp=MlpSpec(
-            config.get("n_inner") or 4 * hidden,
+            4 * hidden if config.get("n_inner") is None else require(config, "n_inner"),
             "gelu_tanh" if act == "gelu_new" else act,
             gated=False,
         ),
+        attention_bias=True,
+        mlp_bias=True,
         learned_positions=True,
         tied_head=bool(config.get("tie_word_embeddings", True)),
         dtype=dtype_name(config),
@@ -174,8 +204,10 @@ def family_of(config: Config) -> Family:
         InvalidModel: an architecture that is not in `FAMILIES`; the message lists those that are.
     """
     names = config.get("architectures") or []
+    if not isinstance(names, list):
+        names = [names]
     for name in names:
-        if name in FAMILIES:
+        if isinstance(name, str) and name in FAMILIES:
             return FAMILIES[name]
     found = ", ".join(map(str, names)) or "no architecture"
     raise InvalidModel(

@@ -61,34 +61,32 @@ def load(path: Path, config: EngineConfig, progress: Progress) -> Loaded:
     if device.type == "cpu":
         memory.keep_freed_memory()
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
-    checkpoint = Checkpoint(path)
     max_len = _max_model_len(config, spec)
-    layout = config.kv_layout
-    if layout == "auto":
-        layout = "slots" if device.type == "cpu" else "pages"
+    layout = _layout(config, device)
     max_seqs = config.max_num_seqs or _MAX_SEQS[device.type]
     block_tokens = max_len if layout == "slots" else config.kv_page_tokens
     before = memory.free_bytes(device)
     target = Target(device, dtype, block_tokens, max_len)
-    decoder = Decoder(spec, family, checkpoint, OpTable(config.ops, target), progress)
+    decoder = Decoder(spec, family, Checkpoint(path), OpTable(config.ops, target), progress)
     if device.type == "cpu":
         memory.use_huge_pages()
+    most, free = max_seqs * max_len, memory.free_bytes(device)
     tokens = memory.cache_tokens(
-        config,
-        spec,
-        max_tokens=max_seqs * max_len,
-        element_bytes=dtype.itemsize,
-        free=memory.free_bytes(device),
+        config, spec, max_tokens=most, element_bytes=dtype.itemsize, free=free
     )
     kv, num_blocks = _manager(config, layout, max_seqs, max_len, tokens)
     max_len = min(max_len, kv.max_tokens_per_sequence())
-    storage = (
-        SlotStorage(spec, num_blocks, dtype=dtype, device=device)
-        if layout == "slots"
-        else KvStorage(spec, num_blocks, block_tokens, dtype=dtype, device=device)
+    storage: KvStorage
+    if layout == "slots":
+        storage = SlotStorage(spec, num_blocks, dtype=dtype, device=device)
+    else:
+        storage = KvStorage(spec, num_blocks, block_tokens, dtype=dtype, device=device)
+    limits = SchedulerConfig(
+        max_num_seqs=max_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[device.type],
+        max_queued_requests=config.max_queued_requests,
+        max_model_len=max_len,
     )
-    kv_bytes = kv.capacity_tokens * spec.kv_bytes_per_token(dtype.itemsize)
-    weight_bytes = decoder.num_parameters * dtype.itemsize
     info = Ready(
         architecture=spec.architecture,
         dtype=str(dtype).removeprefix("torch."),
@@ -98,21 +96,21 @@ def load(path: Path, config: EngineConfig, progress: Progress) -> Loaded:
         max_model_len=max_len,
         kv_capacity_tokens=kv.capacity_tokens,
         max_num_seqs=max_seqs,
-        memory=[
-            ("free before loading", before),
-            ("weights", weight_bytes),
-            (f"KV cache, {kv.capacity_tokens} tokens as {layout}", kv_bytes),
-            ("left", max(before - weight_bytes - kv_bytes, 0)),
-        ],
-    )
-    limits = SchedulerConfig(
-        max_num_seqs=max_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[device.type],
-        max_queued_requests=config.max_queued_requests,
-        max_model_len=max_len,
+        memory=_budget(
+            before,
+            decoder.num_parameters * dtype.itemsize,
+            f"KV cache, {kv.capacity_tokens} tokens as {layout}",
+            kv.capacity_tokens * spec.kv_bytes_per_token(dtype.itemsize),
+        ),
     )
     runner = Runner(decoder, storage)
     return Loaded(runner, kv, block_tokens, device, spec.vocab_size, limits, info)
+
+
+def _budget(free: int, weights: int, kv_text: str, kv: int) -> list[tuple[str, int]]:
+    """Rows of the memory table, in bytes."""
+    left = max(free - weights - kv, 0)
+    return [("free before loading", free), ("weights", weights), (kv_text, kv), ("left", left)]
 
 
 def _manager(
@@ -125,6 +123,12 @@ def _manager(
         return slots, max_seqs
     num_pages = max(tokens // page, 1)
     return PageManager(num_pages, page, prefix_cache=config.prefix_cache), num_pages
+
+
+def _layout(config: EngineConfig, device: torch.device) -> str:
+    if config.kv_layout != "auto":
+        return config.kv_layout
+    return "slots" if device.type == "cpu" else "pages"
 
 
 def _device(config: EngineConfig) -> torch.device:

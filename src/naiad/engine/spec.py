@@ -70,6 +70,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     norm: NormSpec
     attention: AttentionSpec
     mlp: MlpSpec
+    attention_bias: bool = False
+    """Attention projections must have biases; ones that the checkpoint has anyway are used too."""
+    mlp_bias: bool = False
+    """As `attention_bias`, for the feed-forward block."""
     learned_positions: bool = False
     tied_head: bool = False
     dtype: str = "float32"

@@ -17,7 +17,8 @@ from naiad.engine.batch import StepBatch
 from naiad.engine.kv.base import KvCopy
 from naiad.engine.spec import ModelSpec
 
-_MAP_NORESERVE = 0x4000  # not in the mmap module; the reservation may exceed memory, its use may not
+# Not in the mmap module. The reservation may exceed memory, its use may not.
+_MAP_NORESERVE = 0x4000
 
 
 class KvStorage:

@@ -53,7 +53,9 @@ class Embed(Protocol):
     """Token ids to the residual stream, plus learned positions where the model has them."""
 
     @classmethod
-    def prepare(cls, table: torch.Tensor, positions: torch.Tensor | None, to: Target) -> Self | None:
+    def prepare(
+        cls, table: torch.Tensor, positions: torch.Tensor | None, to: Target
+    ) -> Self | None:
         """Pack `table` `[vocab, hidden]` and `positions` `[positions, hidden]`."""
 
     def run(self, batch: StepBatch) -> torch.Tensor:
@@ -112,7 +114,7 @@ class LinearResidual(Protocol):
 
 
 class Logits(Protocol):
-    """Final norm and head. (Sampling follows in `engine.sampling`, the same for every body.)"""
+    """Final norm and head. Sampling follows in `engine.sampling`, the same for every body."""
 
     @classmethod
     def prepare(cls, norm: Norm, head: torch.Tensor, to: Target) -> Self | None:

@@ -105,7 +105,9 @@ class ReferenceRopeWriteAttend:
 
     def __init__(self, spec: AttentionSpec, to: Target) -> None:
         self._spec = spec
-        self._rope = rope_table(spec.rope, spec.head_dim, to.max_model_len, to) if spec.rope else None
+        self._rope = (
+            rope_table(spec.rope, spec.head_dim, to.max_model_len, to) if spec.rope else None
+        )
 
     @classmethod
     def prepare(cls, spec: AttentionSpec, to: Target) -> Self:
