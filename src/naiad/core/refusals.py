@@ -55,6 +55,8 @@ REFUSED_SAMPLING: Mapping[str, Refusal] = {
 def refuse(values: Mapping[str, Any], table: Mapping[str, Refusal]) -> None:
     """Raise `Unsupported` for the first option in `table` that `values` really asks for."""
     for name, value in values.items():
+        if value is None:  # nearly all, of every request
+            continue
         refusal = table.get(name)
         if refusal is not None and not _is_neutral(value, refusal):
             raise Unsupported(f"`{name}` is not supported: {refusal.reason}", param=name)

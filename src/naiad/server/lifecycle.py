@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,6 +147,7 @@ async def serve(
     Raises:
         InvalidSettings: a port is taken.
     """
+    _allow_many_connections()
     server = Server(models, settings, load_s=load_s, registry=registry)
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:
@@ -220,6 +222,15 @@ class _Uvicorn(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.listening.set()
+
+
+def _allow_many_connections() -> None:
+    """Each takes a file descriptor, and the usual soft limit of 1,024 is there for `select` alone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):  # not every sandbox lets one
+        _log.warning("at most %d open files: connections beyond that are not accepted", soft)
 
 
 def _bind(settings: ServerSettings, port: int, flag: str) -> socket.socket:

@@ -1,7 +1,8 @@
 """The models that a server serves, by every name they answer to, and the counting around them.
 
 Both ways into a model, tensors and text, pass through `ServedModel`, so a request is counted once
-whichever protocol it came by. Loading, versions and reload belong to the repository.
+whichever protocol it came by. Whether a model that is not ready refuses a request or has it wait is
+the model's own decision. Loading, versions and reload belong to the repository.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from typing import Any, TypeVar
 
-from naiad.core.errors import Cancelled, InvalidRequest, NotFound, Unavailable
+from naiad.core.errors import Cancelled, InvalidRequest, NotFound
 from naiad.core.language import GenerateDelta, GenerateRequest, GenerateTiming, LanguageModel
 from naiad.core.metrics import AnyFamily, Registry
 from naiad.core.model import InferRequest, InferResponse, InferUsage, Model, ModelMetadata
@@ -37,19 +38,9 @@ class ServedModel:
         self.version = self.metadata.versions[-1]
         self.statistics = ModelStatistics(self.metadata.name, self.version, load_s)
 
-    def check_ready(self) -> None:
-        """Raise `Unavailable` unless the model can serve now."""
-        if not self.model.is_ready():
-            raise Unavailable(
-                f"Request for unknown model: '{self.metadata.name}' version {self.version} is not "
-                "at ready state",
-                retry_after_s=1,
-            )
-
     async def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """`Model.infer`, counted."""
         with _Counting(self.statistics) as counting:
-            self.check_ready()
             responses = self.model.infer(request)
             try:
                 async for response in responses:
@@ -65,7 +56,6 @@ class ServedModel:
         """`LanguageModel.generate`, counted; raises `InvalidRequest` if it is no language model."""
         with _Counting(self.statistics) as counting:
             model = self.language_model()
-            self.check_ready()
             num_unfinished = request.sampling.n
             deltas = model.generate(request)
             try:

@@ -193,6 +193,18 @@ async def test_silence_with_work_is_not_ready_and_without_work_it_is(
     assert not client.is_ready(hour_later)
 
 
+async def test_an_engine_that_is_silent_for_too_long_is_sent_nothing_more(
+    make_client: MakeClient,
+) -> None:
+    client = await make_client(
+        supervision=Supervision(stall_timeout_s=0, exit_grace_s=0.1), hang_token=HANGING
+    )
+    await send(client, [HANGING])
+
+    with pytest.raises(Unavailable, match="no step for 0 s"):
+        await send(client, [5])
+
+
 async def test_a_hung_engine_is_killed_when_the_client_closes(make_client: MakeClient) -> None:
     client = await make_client(supervision=Supervision(exit_grace_s=0.1), hang_token=HANGING)
     reader = await send(client, [HANGING])

@@ -207,10 +207,16 @@ class EngineClient:
 
         Raises:
             QueueFull: more requests in flight than the engine could even queue.
-            Unavailable: the engine is down, or was not back in time.
+            Unavailable: the engine is down, was not back in time, or no longer reports steps.
         """
         if self._state is not State.READY:
             await self._wait_ready()
+        if self.is_stalled():
+            raise Unavailable(
+                f"the engine has reported no step for {self._supervision.stall_timeout_s:g} s",
+                hint="retry on another replica, or restart this one",
+                retry_after_s=self._retry_after_s(),
+            )
         self._check_bound(len(self._sinks))
         assert self._link is not None
         if not self._sinks:
