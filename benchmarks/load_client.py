@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import re
 import resource
 import subprocess
@@ -42,7 +43,7 @@ class Plan(msgspec.Struct):
     requests: list[Request]
     polls: list[str] = []
     """Paths to GET in turn, each on a connection of its own, as long as requests run."""
-    poll_interval_s: float = 0.05
+    poll_interval_s: float = 0.02
     timeout_s: float = 300.0
 
 
@@ -63,6 +64,7 @@ class Reply(msgspec.Struct):
     retry_after_s: int | None = None
     error: str = ""
     """The body of a refusal, the error event of a stream, or why the connection broke."""
+    sent_s: float = 0.0
     first_byte_s: float = 0.0
     end_s: float = 0.0
 
@@ -79,6 +81,8 @@ class Poll(msgspec.Struct):
 class Outcome(msgspec.Struct):
     """A finished plan."""
 
+    begun_s: float
+    """On the host's monotonic clock."""
     replies: list[Reply]
     polls: list[Poll]
     wall_s: float
@@ -101,12 +105,12 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
-        self.sent_s = time.perf_counter()
+        self.sent_s = time.monotonic()
         transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         if not self.pieces:
-            self.first_byte_s = time.perf_counter()
+            self.first_byte_s = time.monotonic()
         self.pieces.append(data)
         if self._leave_after:
             self._num_events += data.count(_EVENT)
@@ -115,7 +119,7 @@ class _Connection(asyncio.Protocol):
                 self._transport.abort()  # type: ignore[union-attr]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.end_s = time.perf_counter()
+        self.end_s = time.monotonic()
         if exc is not None and not self.left:
             self.broken = f"{type(exc).__name__}: {exc}"
         if not self.ended.done():
@@ -126,7 +130,7 @@ async def run(plan: Plan) -> Outcome:
     """Send everything at once, wait for every end, then read what came."""
     loop = asyncio.get_running_loop()
     requests = [_http(plan.host, "POST", request.path, request.body) for request in plan.requests]
-    begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
+    begun_s, begun_cpu_s = time.monotonic(), time.process_time()
     polls: list[Poll] = []
     poller = asyncio.create_task(_poll(plan, begun_s, polls)) if plan.polls else None
 
@@ -137,7 +141,7 @@ async def run(plan: Plan) -> Outcome:
             await connection.ended
         except OSError as error:
             connection.broken = f"{type(error).__name__}: {error}"
-            connection.end_s = time.perf_counter()
+            connection.end_s = time.monotonic()
         return connection
 
     async with asyncio.timeout(plan.timeout_s):
@@ -147,29 +151,34 @@ async def run(plan: Plan) -> Outcome:
     last_s = max(connection.end_s for connection in connections)
     if poller is not None:
         poller.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await poller
+        await poller  # the polls on their way are answered
     replies = [_read(connection, begun_s) for connection in connections]
-    return Outcome(replies, polls, wall_s=last_s - first_s, cpu_s=cpu_s)
+    return Outcome(begun_s, replies, polls, wall_s=last_s - first_s, cpu_s=cpu_s)
 
 
 async def _poll(plan: Plan, begun_s: float, polls: list[Poll]) -> None:
-    loop = asyncio.get_running_loop()
-    due_s = time.perf_counter()
-    while True:
-        for path in plan.polls:
-            connection = _Connection(_http(plan.host, "GET", path, b""), 0)
-            start_s = time.perf_counter()
-            try:
-                await loop.create_connection(lambda: connection, plan.host, plan.port)  # noqa: B023
-                await connection.ended
-            except OSError:
-                connection.end_s = time.perf_counter()
-            status = _STATUS.match(b"".join(connection.pieces))
-            number = int(status[1]) if status else 0
-            polls.append(Poll(path, number, start_s - begun_s, connection.end_s - start_s))
-        due_s += plan.poll_interval_s
-        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+    """A GET each interval, whether or not earlier ones have been answered; until cancelled."""
+    paths = itertools.cycle(plan.polls)
+    due_s = time.monotonic()
+    async with asyncio.TaskGroup() as running:
+        with contextlib.suppress(asyncio.CancelledError):
+            while True:
+                running.create_task(_get(plan, next(paths), begun_s, polls))
+                due_s += plan.poll_interval_s
+                await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+
+
+async def _get(plan: Plan, path: str, begun_s: float, polls: list[Poll]) -> None:
+    connection = _Connection(_http(plan.host, "GET", path, b""), 0)
+    start_s = time.monotonic()
+    try:
+        await asyncio.get_running_loop().create_connection(lambda: connection, plan.host, plan.port)
+        await connection.ended
+    except OSError:
+        connection.end_s = time.monotonic()
+    status = _STATUS.match(b"".join(connection.pieces))
+    number = int(status[1]) if status else 0
+    polls.append(Poll(path, number, start_s - begun_s, connection.end_s - start_s))
 
 
 def _http(host: str, method: str, path: str, body: bytes | msgspec.Raw) -> bytes:
@@ -183,6 +192,7 @@ def _read(connection: _Connection, begun_s: float) -> Reply:
     reply = Reply(
         left=connection.left,
         error=connection.broken,
+        sent_s=connection.sent_s - begun_s,
         first_byte_s=connection.first_byte_s - begun_s,
         end_s=connection.end_s - begun_s,
     )
