@@ -8,13 +8,14 @@ INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench settings clean
+.PHONY: help setup demo test test-e2e check bench settings clean
 
 help:
-	@echo 'make demo    serve a tiny random model on http://127.0.0.1:8000'
-	@echo 'make check   lint, types, layers, sizes, docs'
-	@echo 'make test    check, then the tests'
-	@echo 'make bench   the measurements under benchmarks/'
+	@echo 'make demo      serve a tiny random model on http://127.0.0.1:8000'
+	@echo 'make check     lint, types, layers, sizes, docs'
+	@echo 'make test      check, then the tests'
+	@echo 'make test-e2e  a server as a process: load, kills, drain'
+	@echo 'make bench     the measurements under benchmarks/'
 
 setup: $(INSTALLED)
 
@@ -40,7 +41,11 @@ check: $(INSTALLED)
 	$(BIN)/python tools/check_help_imports.py
 
 test: check
-	$(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow and not bench' $(PYTEST_ARGS)
+	$(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow and not bench' --ignore tests/e2e $(PYTEST_ARGS)
+
+# One at a time: they measure. -rP shows what they measured.
+test-e2e: $(INSTALLED)
+	$(BIN)/pytest -q -rP tests/e2e $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
 	@test -n "$(wildcard benchmarks/*.py)" || { echo 'benchmarks/ has no script yet' >&2; exit 1; }
