@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -42,6 +43,8 @@ async def run(path: str, settings: Settings) -> None:
     name, *aliases = model.metadata.name, *model.metadata.aliases
 
     def started(server: Server) -> None:
+        gc.collect()
+        gc.freeze()  # modules and tables stay: collections while requests run need not walk them
         rows = startup_rows([name, *aliases], model.client.info, listening(server))
         print_startup(rows)
 
