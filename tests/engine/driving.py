@@ -16,7 +16,13 @@ import torch
 
 from naiad.engine.config import EngineConfig
 from naiad.engine.engine import Engine
-from naiad.engine.messages import EngineRequest, EngineSampling, EngineStats, SequenceOutput
+from naiad.engine.messages import (
+    EngineRequest,
+    EngineSampling,
+    EngineStats,
+    SequenceOutput,
+    StepOutputs,
+)
 from tools.make_tiny_checkpoint import write_checkpoint
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -128,3 +134,35 @@ def make_engine(shape: str, setup: Setup, **options: Any) -> Engine:
         "num_threads": torch.get_num_threads(),
     }
     return Engine(checkpoint(shape, setup.dtype), EngineConfig(**(defaults | options)))
+
+
+def first_outputs(answers: Answers) -> dict[tuple[int, int], SequenceOutput]:
+    found: dict[tuple[int, int], SequenceOutput] = {}
+    for output in answers.outputs:
+        found.setdefault((output.id, output.index), output)
+    return found
+
+
+def last_outputs(answers: Answers) -> dict[tuple[int, int], SequenceOutput]:
+    return {(output.id, output.index): output for output in answers.outputs}
+
+
+def run_out(engine: Engine) -> list[StepOutputs]:
+    steps = []
+    while engine.has_work():
+        steps.append(engine.step())
+        engine.check()
+    return steps
+
+
+def is_empty(engine: Engine) -> bool:
+    """Whether nothing is kept of any request."""
+    stats = engine.stats()
+    return (
+        stats.num_running == stats.num_waiting == stats.kv_usage == 0
+        and engine._kv.used_tokens == 0
+        and not engine._prompt_logprobs
+        and not engine._rejected
+        and not engine._scheduler._requests
+        and not engine._scheduler._held
+    )

@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = msgspec.json.decode(path.read_bytes())
     except FileNotFoundError:
         raise InvalidModel(f"{path} does not exist", hint="give a checkpoint folder") from None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidModel(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise InvalidModel(f"{path} holds a {type(value).__name__}, not an object")
@@ -62,20 +62,14 @@ class Checkpoint:
     def _list_files(self) -> list[str]:
         index = self._folder / INDEX_NAME
         if index.exists():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        else:
-            names = [SINGLE_NAME] if (self._folder / SINGLE_NAME).exists() else []
-        if not names:
+            return _files_in(index)
+        if not (self._folder / SINGLE_NAME).exists():
             found = ", ".join(sorted(path.name for path in self._folder.iterdir())) or "nothing"
             raise InvalidModel(
                 f"{self._folder} has no {SINGLE_NAME} and no {INDEX_NAME}; it has {found}",
                 hint="save the checkpoint as safetensors",
             )
-        for name in names:
-            inside = (self._folder / name).resolve().is_relative_to(self._folder.resolve())
-            if "/" in name or not (inside or (self._folder / name).is_symlink()):
-                raise InvalidModel(f"{index} names {name!r}, which is outside the folder")
-        return names
+        return [SINGLE_NAME]
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -121,3 +115,17 @@ class Checkpoint:
 
         near = difflib.get_close_matches(name, self._file_of, n=2, cutoff=0.0)
         return ", ".join(repr(one) for one in near)
+
+
+def _files_in(index: Path) -> list[str]:
+    """The files that an index names, all of them beside it (though they may be links)."""
+    weight_map = read_json(index).get("weight_map")
+    files: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(file, str) for file in files):
+        raise InvalidModel(f"{index} has no weight_map from tensor names to file names")
+    if not files:
+        raise InvalidModel(f"{index} names no file: its weight_map is empty")
+    for file in files:
+        if "/" in file or file in ("", ".", ".."):
+            raise InvalidModel(f"{index} names {file!r}, which is outside the folder")
+    return sorted(set(files))

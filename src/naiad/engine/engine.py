@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from naiad.core.errors import InternalError, NaiadError, WireError
+from naiad.core.errors import InternalError, InvalidRequest, NaiadError, WireError
 from naiad.engine.batch import RowInput, StepBatch, build_batch
 from naiad.engine.config import EngineConfig
 from naiad.engine.decoder import Progress
@@ -33,6 +34,16 @@ from naiad.engine.scheduler.base import RowPlan, SequenceUpdate, StepPlan
 from naiad.engine.scheduler.planner import Scheduler
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class PromptLogprobs:
+    """Log probabilities of one request's prompt, until every answer has reported them."""
+
+    unreported: set[int]
+    """Indices of answers."""
+    lines: list[TokenLogprobs | None]
+    """One per prompt token read so far; the first is None."""
 
 
 class Engine:
@@ -61,21 +72,25 @@ class Engine:
         self._scheduler = Scheduler(loaded.limits, loaded.kv)
         self._rows = RowTable(loaded.limits.max_num_seqs, loaded.vocab_size, loaded.device)
         self._rejected: list[Rejected] = []
-        self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+        self._prompt_logprobs: dict[int, PromptLogprobs] = {}
         self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. One that cannot be taken is `Rejected` by the next step."""
         try:
+            _check_ids(request, self.info.vocab_size)
             self._scheduler.add(request, time.monotonic_ns())
         except NaiadError as error:
             self._rejected.append(Rejected(request.id, WireError.of(error)))
+            return
+        if request.sampling.prompt_logprobs is not None:
+            answers = set(range(request.sampling.n))
+            self._prompt_logprobs[request.id] = PromptLogprobs(answers, [None])
 
     def cancel(self, request_id: int, index: int = -1) -> None:
         """Forget a request (or one answer of it); nothing more is reported for it."""
-        self._scheduler.cancel(request_id, index)
-        if index < 0:
-            self._prompt_logprobs.pop(request_id, None)
+        for sequence in self._scheduler.cancel(request_id, index):
+            self._take_prompt_logprobs(request_id, sequence.index)
 
     def has_work(self) -> bool:
         """Whether a step would do or report something."""
@@ -122,6 +137,7 @@ class Engine:
     def close(self) -> None:
         """Drop everything queued; the tensors go with the object."""
         self._scheduler.fail_all()
+        self._prompt_logprobs.clear()
 
     def _run(self, plan: StepPlan) -> list[SequenceOutput]:
         for sequence in plan.admitted:
@@ -162,8 +178,7 @@ class Engine:
 
     def _keep_prompt_logprobs(self, row: RowPlan, lines: list[TokenLogprobs]) -> None:
         """Collect over chunks; a recomputed prompt (after preemption) overwrites what was there."""
-        known = self._prompt_logprobs.setdefault(row.sequence.request.id, [None])
-        known[row.start + 1 :] = lines
+        self._prompt_logprobs[row.sequence.request.id].lines[row.start + 1 :] = lines
 
     def _report(
         self, updates: Seq[SequenceUpdate], drawing: Seq[RowPlan], result: StepResult
@@ -185,7 +200,6 @@ class Engine:
         self._num_generated_tokens += len(update.token_ids)
         if first:
             self._num_prompt_tokens += sequence.num_prompt if sequence.index == 0 else 0
-        wants_prompt = first and request.sampling.prompt_logprobs is not None
         wants = request.sampling.logprobs
         finished = update.finish_reason is not None
         return SequenceOutput(
@@ -196,16 +210,24 @@ class Engine:
             finish_reason=update.finish_reason,
             stop_token_id=update.stop_token_id,
             prompt_cached_tokens=sequence.num_cached,
-            prompt_logprobs=self._take_prompt_logprobs(request) if wants_prompt else None,
+            prompt_logprobs=(
+                self._take_prompt_logprobs(request.id, sequence.index) if first else None
+            ),
             first_scheduled_ns=sequence.first_scheduled_ns if first or finished else 0,
             first_token_ns=sequence.first_token_ns if first or finished else 0,
         )
 
-    def _take_prompt_logprobs(self, request: EngineRequest) -> list[TokenLogprobs | None]:
-        """Every answer reports them; a request of one answer is then done with them."""
-        if request.sampling.n == 1:
-            return self._prompt_logprobs.pop(request.id, [None])
-        return self._prompt_logprobs.get(request.id, [None])
+    def _take_prompt_logprobs(
+        self, request_id: int, index: int
+    ) -> list[TokenLogprobs | None] | None:
+        """What answer `index` reports, if it was asked for; forgotten after the last one."""
+        known = self._prompt_logprobs.get(request_id)
+        if known is None:
+            return None
+        known.unreported.discard(index)
+        if not known.unreported:
+            del self._prompt_logprobs[request_id]
+        return known.lines
 
     def _fail(self, error: Exception) -> None:
         """Answer everybody after a failed step and start again with an empty cache."""
@@ -220,6 +242,23 @@ class Engine:
             torch.cuda.empty_cache()
 
 
+def _check_ids(request: EngineRequest, vocab_size: int) -> None:
+    """Refuse ids outside the vocabulary: on the device they would fail everybody's step."""
+    sampling = request.sampling
+    named = {
+        "the prompt": request.prompt_token_ids,
+        "logit_bias": sampling.logit_bias,
+        "stop_token_ids": sampling.stop_token_ids,
+    }
+    for name, ids in named.items():
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            wrong = next(one for one in ids if not 0 <= one < vocab_size)
+            raise InvalidRequest(
+                f"{name} has token id {wrong}, outside the vocabulary of {vocab_size}",
+                hint=f"use ids from 0 to {vocab_size - 1}",
+            )
+
+
 def _prompt_spans(rows: Seq[RowPlan], batch: StepBatch) -> tuple[list[PromptSpan], list[RowPlan]]:
     """Where prompt log probabilities are wanted in this step, and the rows they belong to."""
     spans: list[PromptSpan] = []
@@ -227,7 +266,9 @@ def _prompt_spans(rows: Seq[RowPlan], batch: StepBatch) -> tuple[list[PromptSpan
     for row, span in zip(rows, batch.rows, strict=True):
         sequence = row.sequence
         num_top = sequence.request.sampling.prompt_logprobs
-        if num_top is None or sequence.index > 0 or row.start >= sequence.num_prompt - 1:
+        # Once there is an answer the prompt has been reported; it is computed again if preempted.
+        is_known = sequence.index > 0 or sequence.num_generated > 0
+        if num_top is None or is_known or row.start >= sequence.num_prompt - 1:
             continue
         following = sequence.token_ids[row.start + 1 : row.start + row.num_tokens + 1]
         following = following[: sequence.num_prompt - 1 - row.start]
