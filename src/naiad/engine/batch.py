@@ -23,6 +23,8 @@ class RowSpan:
     """Tokens of the sequence after this step: the newest are at the end of its context."""
     blocks: Sequence[int]
     """Block table of the sequence; may be longer than the context needs."""
+    samples: bool
+    """Whether the successor of its last token is wanted."""
 
 
 @dataclass(slots=True)
@@ -78,7 +80,7 @@ def build_batch(inputs: Sequence[RowInput], block_tokens: int, device: torch.dev
     first = 0
     for row, length in zip(inputs, lengths, strict=True):
         end = first + length
-        rows.append(RowSpan(first, length, row.start + length, row.blocks))
+        rows.append(RowSpan(first, length, row.start + length, row.blocks, row.samples))
         arrays[0, first:end] = row.token_ids
         if length == 1:
             num_decode_rows += 1

@@ -142,14 +142,16 @@ class Decoder:
 
         Returns:
             The residual stream, `[sampled, hidden]` in the order of `batch.sampled`, or
-            `[tokens, hidden]` if `every_token`. Only the wanted tokens go through the last layer's
-            feed-forward block.
+            `[tokens, hidden]` if `every_token`. Only the wanted tokens go through the last layer
+            beyond its keys and values.
         """
         x = self._embed.run(batch)
         plan = self._attend.plan(batch)
         last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
-            mixed = self._attend.run(layer.qkv.run(x), kv.layers[number], plan)
+            narrow = number == last and not every_token
+            qkv, cache = layer.qkv.run(x), kv.layers[number]
+            mixed = self._attend.run(qkv, cache, plan, sampled_only=narrow)
             if number == last:
                 wanted = slice(batch.num_tokens) if every_token else batch.sampled
                 mixed, x = mixed[wanted], x[wanted]

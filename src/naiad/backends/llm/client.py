@@ -391,11 +391,6 @@ class EngineClient:
             self._ready.set()
 
 
-_ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "100000"}
-"""How long OpenMP's idle threads spin before they sleep. The default holds a core for milliseconds that
-the server needs to send tokens; much less, and every operation pays for a wake-up."""
-
-
 class _Link:
     """One child process and its socket. While it loads, its messages decide `load`'s outcome."""
 
@@ -419,7 +414,6 @@ class _Link:
                     [*command, str(theirs.fileno()), str(os.getpid())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    env={**_ENGINE_ENVIRONMENT, **os.environ},
                 )
             link = _Link(process)
             loop = asyncio.get_running_loop()

@@ -88,7 +88,9 @@ class RopeWriteAttend(Protocol):
     def plan(self, batch: StepBatch) -> Any:
         """What every layer of this spec needs of the step, computed once per step."""
 
-    def run(self, qkv: torch.Tensor, cache: torch.Tensor, plan: Any) -> torch.Tensor:
+    def run(
+        self, qkv: torch.Tensor, cache: torch.Tensor, plan: Any, *, sampled_only: bool = False
+    ) -> torch.Tensor:
         """Attend causally over each row's own context.
 
         Args:
@@ -96,6 +98,8 @@ class RopeWriteAttend(Protocol):
             cache: One layer, `[2, blocks, kv_heads, block_tokens, head_dim]`; the step's keys and
                 values are written into it first.
             plan: From `plan` for this step.
+            sampled_only: Only the tokens in `batch.sampled` will be read; the others need not be
+                computed. Keys and values are written for all.
 
         Returns:
             `[tokens, q_size]`.

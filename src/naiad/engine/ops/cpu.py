@@ -242,7 +242,9 @@ class CpuRopeWriteAttend:
 
     def __init__(self, spec: AttentionSpec, to: Target) -> None:
         self._spec, self._dtype = spec, to.dtype
-        self._rope = rope_table(spec.rope, spec.head_dim, to.max_model_len, to) if spec.rope else None
+        self._rope = (
+            rope_table(spec.rope, spec.head_dim, to.max_model_len, to) if spec.rope else None
+        )
         self._per_kv_head = spec.num_heads // spec.num_kv_heads
         self._overhead_places = GROUP_OVERHEAD_BYTES // (2 * spec.kv_size * to.dtype.itemsize)
         future = torch.full((QUERY_BLOCK, QUERY_BLOCK), float("-inf"), dtype=to.dtype).triu(1)
@@ -281,7 +283,9 @@ class CpuRopeWriteAttend:
         mask = torch.zeros(beyond.shape, dtype=self._dtype).masked_fill_(beyond, float("-inf"))
         return mask[:, None, None, :]
 
-    def run(self, qkv: torch.Tensor, cache: torch.Tensor, plan: Any) -> torch.Tensor:
+    def run(
+        self, qkv: torch.Tensor, cache: torch.Tensor, plan: Any, *, sampled_only: bool = False
+    ) -> torch.Tensor:
         step: SlotPlan = plan
         spec, num_tokens = self._spec, step.batch.num_tokens
         tokens = qkv[:num_tokens]
@@ -296,7 +300,10 @@ class CpuRopeWriteAttend:
         for group in step.groups:
             out[group.first : group.last] = self._decode(q[group.first : group.last], cache, group)
         for row in step.prefills:
-            self._prefill(q, cache, row, out)
+            if not sampled_only:
+                self._prefill(q, cache, row, out, 0)
+            elif row.samples:
+                self._prefill(q, cache, row, out, row.num_tokens - 1)
         return out
 
     def _write(self, tokens: torch.Tensor, cache: torch.Tensor, step: SlotPlan) -> None:
@@ -333,12 +340,14 @@ class CpuRopeWriteAttend:
         return torch.bmm(scores.softmax(-1), values).view(rows, spec.q_size)
 
     def _prefill(
-        self, q: torch.Tensor, cache: torch.Tensor, row: RowSpan, out: torch.Tensor
+        self, q: torch.Tensor, cache: torch.Tensor, row: RowSpan, out: torch.Tensor, skip: int
     ) -> None:
-        """Attention of one chunk, block of queries by block, written to the row's part of `out`."""
-        spec, per_head, count = self._spec, self._per_kv_head, row.num_tokens
+        """Attention of one chunk but its first `skip` tokens, block of queries by block, written to
+        the row's part of `out`.
+        """
+        spec, per_head, count = self._spec, self._per_kv_head, row.num_tokens - skip
         heads_shape = (count, spec.num_kv_heads, per_head, spec.head_dim)
-        span = slice(row.first, row.first + count)
+        span = slice(row.first + skip, row.first + row.num_tokens)
         queries = q[span].view(heads_shape).transpose(0, 1).contiguous().mul_(spec.scale)
         queries = queries.flatten(1, 2)
         target = out[span].view(heads_shape).transpose(0, 1)

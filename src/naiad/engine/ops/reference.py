@@ -116,7 +116,14 @@ class ReferenceRopeWriteAttend:
     def plan(self, batch: StepBatch) -> StepBatch:
         return batch
 
-    def run(self, qkv: torch.Tensor, cache: torch.Tensor, plan: StepBatch) -> torch.Tensor:
+    def run(
+        self,
+        qkv: torch.Tensor,
+        cache: torch.Tensor,
+        plan: StepBatch,
+        *,
+        sampled_only: bool = False,
+    ) -> torch.Tensor:
         spec = self._spec
         heads, kv_heads = spec.num_heads, spec.num_kv_heads
         tokens = qkv[: plan.num_tokens].view(plan.num_tokens, -1, spec.head_dim)
