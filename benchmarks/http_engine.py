@@ -289,7 +289,11 @@ def main() -> None:
         raise SystemExit(f"others took more than {options.calm:.0%} of the machine in every round")
     packages = ("torch", "uvicorn", "uvloop", "tokenizers")
     summary = {
-        "command": " ".join(["benchmarks/http_engine.py", *sys.argv[1:]]),
+        "options": {
+            name: value
+            for name, value in vars(options).items()
+            if name not in ("output", "offline_worker")
+        },
         "machine": machine(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "load_average": os.getloadavg(),
