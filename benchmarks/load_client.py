@@ -43,7 +43,7 @@ class Plan(msgspec.Struct):
     requests: list[Request]
     polls: list[str] = []
     """Paths to GET in turn, each on a connection of its own, as long as requests run."""
-    poll_interval_s: float = 0.02
+    poll_interval_s: float = 0.01
     timeout_s: float = 300.0
 
 
