@@ -17,6 +17,9 @@ import torch
 NUM_CANDIDATES = 512
 """top_p looks at this many of the most likely tokens before it sorts the whole vocabulary."""
 
+MIN_TEMPERATURE = 1e-5
+"""Anything colder is greedy: logits divided by much less overflow."""
+
 
 @dataclass(slots=True)
 class Penalties:
@@ -102,7 +105,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         _penalise(scores, batch.penalties)
     if batch.temperature is None or batch.uniform is None:
         return greedy(scores)
-    certain = batch.temperature == 0
+    certain = batch.temperature < MIN_TEMPERATURE
     kept = _filter(scores / batch.temperature.masked_fill(certain, 1.0), batch)
     drawn = _draw(kept, batch.uniform)
     return torch.where(certain.squeeze(1), greedy(scores), drawn)

@@ -96,7 +96,8 @@ class RopeWriteAttend(Protocol):
         Args:
             qkv: `[tokens, q_size + 2 * kv_size]`; may be overwritten.
             cache: One layer, `[2, blocks, kv_heads, block_tokens, head_dim]`; the step's keys and
-                values are written into it first.
+                values are written into it first. Places beyond a row's context hold old values or
+                zeros, always finite, that must not matter.
             plan: From `plan` for this step.
             sampled_only: Only the tokens in `batch.sampled` will be read; the others need not be
                 computed. Keys and values are written for all.
