@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator
 import uvloop
 
 from naiad.backends.scripted import ScriptedLanguageModel
-from naiad.core.language import FinishReason, GenerateDelta, GenerateRequest, PromptSummary
+from naiad.core.generation import FinishReason, GenerateDelta, GenerateRequest, PromptSummary
 from naiad.server.lifecycle import Server
 from naiad.server.settings import ServerSettings
 
@@ -87,7 +87,7 @@ async def iterate_alone(model: ReadyModel, request: GenerateRequest, num_streams
 
 async def measure(num_streams: int, num_tokens: int, rounds: int) -> list[float]:
     """Microseconds per token, one value per round."""
-    from naiad.core.language import SamplingParams, TextPrompt
+    from naiad.core.generation import SamplingParams, TextPrompt
 
     model = ReadyModel(["x"], name="ready")
     settings = ServerSettings(http_address="127.0.0.1", http_port=0, metrics_port=0)

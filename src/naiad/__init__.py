@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from naiad.backends.llm.offline import LLM
-    from naiad.core.language import SamplingParams
+    from naiad.core.generation import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "__version__"]
 
-_HOMES = {"LLM": "naiad.backends.llm.offline", "SamplingParams": "naiad.core.language"}
+_HOMES = {"LLM": "naiad.backends.llm.offline", "SamplingParams": "naiad.core.generation"}
 
 
 def __getattr__(name: str) -> Any:

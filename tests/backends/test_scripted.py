@@ -9,7 +9,7 @@ import pytest
 
 from naiad.backends.scripted import ScriptedLanguageModel, fail_at, wait_at
 from naiad.core.errors import InvalidRequest, QueueFull, Unavailable
-from naiad.core.language import (
+from naiad.core.generation import (
     FinishReason,
     GenerateDelta,
     GenerateRequest,

@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 from naiad.backends.scripted import ScriptedLanguageModel
 from naiad.cli import generate, main
 from naiad.core.errors import InvalidSettings
-from naiad.core.language import ChatPrompt, GenerateRequest, SamplingParams, TextPrompt
+from naiad.core.generation import ChatPrompt, GenerateRequest, SamplingParams, TextPrompt
 
 NONE: dict[str, Any] = {setting.name: None for setting in generate.SAMPLING}
 

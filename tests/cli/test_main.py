@@ -126,7 +126,7 @@ def test_no_two_sections_have_a_setting_of_the_same_name() -> None:
 
 
 def test_naiad_exports_are_imported_when_used() -> None:
-    assert naiad.SamplingParams is sys.modules["naiad.core.language"].SamplingParams
+    assert naiad.SamplingParams is sys.modules["naiad.core.generation"].SamplingParams
     assert dir(naiad) == ["LLM", "SamplingParams", "__version__"]
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         naiad.Nothing  # noqa: B018 - the access is the test

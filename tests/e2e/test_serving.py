@@ -15,7 +15,7 @@ import pytest
 
 from naiad import LLM, SamplingParams
 from naiad.backends.llm.offline import CompletionOutput, RequestOutput
-from naiad.core.language import PositionLogprobs
+from naiad.core.generation import PositionLogprobs
 from tests.e2e.servers import (
     ANY_PORT,
     ONE_THREAD,

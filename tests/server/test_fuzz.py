@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from naiad.backends.identity import IdentityModel
 from naiad.backends.scripted import ScriptedLanguageModel
-from naiad.core.language import SamplingParams
+from naiad.core.generation import SamplingParams
 from naiad.core.tensor import DataType
 from naiad.core.text_fields import LISTS, SCALARS
 from naiad.server.openai.requests import REFUSED, ChatBody, CompletionBody

@@ -12,7 +12,7 @@ import pytest
 
 from naiad.backends.scripted import ScriptedLanguageModel, wait_at
 from naiad.core.errors import InvalidSettings
-from naiad.core.language import GenerateRequest
+from naiad.core.generation import GenerateRequest
 from naiad.server.http.protocol import MAX_HEAD_BYTES
 from naiad.server.lifecycle import Server, serve
 from naiad.server.settings import ServerSettings

@@ -11,7 +11,7 @@ import pytest
 from naiad.backends.identity import IdentityModel
 from naiad.backends.scripted import ScriptedLanguageModel, fail_at
 from naiad.core.errors import InternalError, Unavailable
-from naiad.core.language import ChatPrompt, TextPrompt, TokensPrompt
+from naiad.core.generation import ChatPrompt, TextPrompt, TokensPrompt
 from tests.server.asgi import call, make_app
 from tests.server.conftest import SCRIPT, Start
 

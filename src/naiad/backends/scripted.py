@@ -18,13 +18,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
 from naiad.core.errors import InvalidRequest, QueueFull, Unavailable
-from naiad.core.language import (
+from naiad.core.generation import (
     ChatPrompt,
     FinishReason,
     GenerateDelta,
     GenerateRequest,
     GenerateTiming,
-    LanguageModel,
     PositionLogprobs,
     PromptSummary,
     SamplingParams,
@@ -32,6 +31,7 @@ from naiad.core.language import (
     TokenLogprob,
     TokensPrompt,
 )
+from naiad.core.language import LanguageModel
 from naiad.core.model import ModelMetadata
 from naiad.core.text_fields import text_metadata
 

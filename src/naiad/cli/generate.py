@@ -15,13 +15,8 @@ from naiad.cli.options import load_settings, options, settings_options
 from naiad.cli.settings import Settings
 from naiad.cli.startup import LoadingProgress
 from naiad.core.errors import InvalidSettings
-from naiad.core.language import (
-    ChatPrompt,
-    GenerateRequest,
-    LanguageModel,
-    SamplingParams,
-    TextPrompt,
-)
+from naiad.core.generation import ChatPrompt, GenerateRequest, SamplingParams, TextPrompt
+from naiad.core.language import LanguageModel
 from naiad.core.settings import convert_text, describe
 from naiad.engine.config import EngineConfig
 

@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from naiad.core.errors import InvalidRequest, Unsupported
-from naiad.core.language import (
+from naiad.core.generation import (
     FinishReason,
     GenerateDelta,
     GenerateRequest,
+    Generates,
     GenerateTiming,
-    LanguageModel,
     PositionLogprobs,
     SamplingParams,
     TextPrompt,
@@ -44,7 +44,7 @@ DEFAULT_MAX_TOKENS = 16
 """What the vLLM backend generates when nobody says."""
 
 
-async def infer_text(model: LanguageModel, request: InferRequest) -> AsyncIterator[InferResponse]:
+async def infer_text(model: Generates, request: InferRequest) -> AsyncIterator[InferResponse]:
     """Continue `text_input`: one response, or with `stream` one for every piece of text.
 
     With several answers (`n`, `num_return_sequences`) every output has one element per answer;
@@ -261,7 +261,7 @@ class _Piece:
 class _Progress:
     """Collects deltas and makes responses of them."""
 
-    def __init__(self, model: LanguageModel, request: InferRequest, asked: _Asked) -> None:
+    def __init__(self, model: Generates, request: InferRequest, asked: _Asked) -> None:
         metadata = model.metadata
         self._model_name = request.model_name or metadata.name
         self._model_version = request.model_version or metadata.versions[-1]

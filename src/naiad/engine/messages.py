@@ -14,7 +14,7 @@ from naiad.engine.config import EngineConfig
 
 
 class EngineSampling(msgspec.Struct, frozen=True, kw_only=True):
-    """`core.language.SamplingParams` with every default resolved, numbers only."""
+    """`core.generation.SamplingParams` with every default resolved, numbers only."""
 
     n: int = 1
     max_tokens: int
@@ -82,7 +82,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     """Newly committed tokens, the stop token included."""
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
-    """A `core.language.FinishReason` value."""
+    """A `core.generation.FinishReason` value."""
     stop_token_id: int | None = None
     prompt_cached_tokens: int = 0
     """Only meaningful with the answer's first tokens."""

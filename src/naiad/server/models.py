@@ -13,7 +13,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from typing import Any, TypeVar
 
 from naiad.core.errors import Cancelled, InvalidRequest, NotFound
-from naiad.core.language import GenerateDelta, GenerateRequest, GenerateTiming, LanguageModel
+from naiad.core.generation import GenerateDelta, GenerateRequest, GenerateTiming
+from naiad.core.language import LanguageModel
 from naiad.core.metrics import AnyFamily, Registry
 from naiad.core.model import InferRequest, InferResponse, InferUsage, Model, ModelMetadata
 from naiad.server.statistics import ModelStatistics, metric_families

@@ -16,16 +16,16 @@ import pytest
 from naiad.backends.llm.model import EngineLanguageModel, load_language_model
 from naiad.backends.scripted import ScriptedLanguageModel
 from naiad.core.errors import InvalidRequest, QueueFull, Unavailable
-from naiad.core.language import (
+from naiad.core.generation import (
     ChatPrompt,
     FinishReason,
     GenerateDelta,
     GenerateRequest,
-    LanguageModel,
     SamplingParams,
     TextPrompt,
     TokensPrompt,
 )
+from naiad.core.language import LanguageModel
 from naiad.engine.config import EngineConfig
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]

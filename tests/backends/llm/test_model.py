@@ -12,7 +12,7 @@ import pytest
 from naiad.backends.llm.model import EngineLanguageModel, load_language_model
 from naiad.backends.llm.tokenizer import Tokenizer
 from naiad.core.errors import InvalidModel, InvalidRequest, Unavailable
-from naiad.core.language import (
+from naiad.core.generation import (
     ChatPrompt,
     FinishReason,
     GenerateDelta,

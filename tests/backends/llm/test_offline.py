@@ -9,7 +9,7 @@ import pytest
 
 from naiad.backends.llm.offline import LLM, AnyPrompt
 from naiad.core.errors import InvalidModel, InvalidRequest, InvalidSettings, QueueFull, WireError
-from naiad.core.language import FinishReason, SamplingParams, TokensPrompt
+from naiad.core.generation import FinishReason, SamplingParams, TokensPrompt
 from naiad.engine.messages import Rejected, StepOutputs
 from tests.backends.llm.fake_engine import FakeEngine
 

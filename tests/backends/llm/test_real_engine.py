@@ -18,7 +18,7 @@ pytest.importorskip("torch")
 from naiad.backends.llm.model import EngineLanguageModel, load_language_model
 from naiad.backends.llm.offline import LLM
 from naiad.core.errors import Unavailable
-from naiad.core.language import GenerateRequest, SamplingParams, TextPrompt
+from naiad.core.generation import GenerateRequest, SamplingParams, TextPrompt
 from naiad.engine.config import EngineConfig
 from tools.make_tiny_checkpoint import write_checkpoint
 
@@ -76,7 +76,7 @@ def test_a_killed_server_leaves_no_engine_behind(checkpoint: Path) -> None:
     source = f"""
 import asyncio
 from naiad.backends.llm.model import load_language_model
-from naiad.core.language import GenerateRequest, SamplingParams, TextPrompt
+from naiad.core.generation import GenerateRequest, SamplingParams, TextPrompt
 from naiad.engine.config import EngineConfig
 
 async def main():

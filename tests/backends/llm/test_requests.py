@@ -16,7 +16,7 @@ from naiad.backends.llm.requests import engine_request as to_engine
 from naiad.backends.llm.template import ChatTemplate
 from naiad.backends.llm.tokenizer import Tokenizer
 from naiad.core.errors import InvalidModel, InvalidRequest
-from naiad.core.language import (
+from naiad.core.generation import (
     ChatPrompt,
     FinishReason,
     GenerateDelta,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from naiad.core.language import GenerateDelta
+from naiad.core.generation import GenerateDelta
 from naiad.core.metrics import AnyFamily, Counter, Family, Gauge, Histogram
 from naiad.engine.config import EngineConfig
 from naiad.engine.messages import EngineRequest, EngineStats, Ready, StepOutputs

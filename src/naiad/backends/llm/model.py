@@ -25,7 +25,8 @@ from naiad.backends.llm.requests import (
     num_prompt_chars,
 )
 from naiad.core.errors import NaiadError
-from naiad.core.language import GenerateDelta, GenerateRequest, LanguageModel
+from naiad.core.generation import GenerateDelta, GenerateRequest
+from naiad.core.language import LanguageModel
 from naiad.core.model import ModelMetadata
 from naiad.core.text_fields import text_metadata
 from naiad.engine.config import EngineConfig

@@ -17,7 +17,7 @@ import msgspec
 
 from naiad.backends.llm.requests import Answer, CheckpointText, Limits, Prompt, engine_request
 from naiad.core.errors import InvalidRequest, InvalidSettings
-from naiad.core.language import (
+from naiad.core.generation import (
     ChatPrompt,
     FinishReason,
     GenerateDelta,

@@ -20,7 +20,7 @@ from naiad.backends.llm.stops import StopMatcher
 from naiad.backends.llm.template import ChatTemplate
 from naiad.backends.llm.tokenizer import Tokenizer
 from naiad.core.errors import InvalidRequest
-from naiad.core.language import (
+from naiad.core.generation import (
     ChatPrompt,
     FinishReason,
     GenerateDelta,

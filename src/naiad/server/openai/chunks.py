@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from naiad.core.language import GenerateDelta, PositionLogprobs, PromptSummary, TokenLogprob
+from naiad.core.generation import GenerateDelta, PositionLogprobs, PromptSummary, TokenLogprob
 
 _encode = msgspec.json.Encoder().encode
 

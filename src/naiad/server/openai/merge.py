@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 
-from naiad.core.language import GenerateDelta
+from naiad.core.generation import GenerateDelta
 
 _QUEUE_DELTAS = 64
 """Room between the prompts and a client that does not read; then the prompts wait too."""

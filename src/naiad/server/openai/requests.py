@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from naiad.core.errors import InvalidRequest, Unsupported
-from naiad.core.language import (
+from naiad.core.generation import (
     ChatPrompt,
     GenerateRequest,
     SamplingParams,

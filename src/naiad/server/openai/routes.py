@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 
 import msgspec
 
-from naiad.core.language import GenerateDelta, GenerateRequest
+from naiad.core.generation import GenerateDelta, GenerateRequest
 from naiad.server.admission import Admission
 from naiad.server.http.exchange import Exchange, Send
 from naiad.server.models import ModelTable
