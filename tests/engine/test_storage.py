@@ -111,6 +111,17 @@ def test_a_copy_into_slots_that_must_grow_first_is_whole() -> None:
     assert held(storage, 3, 60) == held(storage, 0, 60) == list(range(60))
 
 
+def test_a_copy_that_no_row_of_the_step_extends_survives_growth() -> None:
+    storage = slot_storage()
+    storage.begin(step((0, 0, 60)), [])
+    write(storage, 0, 0, [float(n) for n in range(60)])
+
+    storage.begin(step((0, 60, 1)), [KvCopy(0, 2, 50)])
+    storage.begin(step((0, 61, 100)), [])
+
+    assert held(storage, 2, 50) == list(range(50))
+
+
 def test_slots_shrink_when_nothing_long_is_left_and_keep_the_rest() -> None:
     storage = slot_storage()
     storage.begin(step((0, 0, 2000), (1, 0, 40)), [])

@@ -237,7 +237,6 @@ class Engine:
         wire = WireError.of(InternalError(text))
         self._rejected += [Rejected(request_id, wire) for request_id in sorted(ids)]
         self._prompt_logprobs.clear()
-        self._kv.reset_prefix_cache()
         if isinstance(error, torch.cuda.OutOfMemoryError):
             torch.cuda.empty_cache()
 
