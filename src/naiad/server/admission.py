@@ -8,7 +8,8 @@ which frees what the request held. This module knows neither HTTP statuses nor m
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 
 from naiad.core.errors import Cancelled, NaiadError, QueueFull, Unavailable
@@ -28,6 +29,7 @@ class Admission:
     def __init__(self, max_running: int | None = None) -> None:
         self._max_running = max_running
         self._running: set[RunningRequest] = set()
+        self._arriving: set[asyncio.Timeout] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -36,6 +38,29 @@ class Admission:
     def num_running(self) -> int:
         """Requests between arrival and their last byte."""
         return len(self._running)
+
+    @property
+    def num_arriving(self) -> int:
+        """Requests whose body is still on its way."""
+        return len(self._arriving)
+
+    @contextlib.asynccontextmanager
+    async def arriving(self, timeout_s: float) -> AsyncIterator[None]:
+        """A block for the arrival of one body: `TimeoutError` after a while, or when draining."""
+        async with asyncio.timeout(timeout_s) as deadline:
+            self._arriving.add(deadline)
+            try:
+                yield
+            finally:
+                self._arriving.discard(deadline)
+
+    def drain(self) -> None:
+        """Let nothing more begin; what is still arriving has not begun."""
+        self.draining = True
+        now_s = asyncio.get_running_loop().time()
+        for deadline in self._arriving:
+            if not deadline.expired():
+                deadline.reschedule(now_s)
 
     def check(self) -> None:
         """Raise what a request that arrives now should be told, if it may not begin."""

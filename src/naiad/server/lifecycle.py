@@ -97,7 +97,7 @@ class Server:
         if self.draining.is_set():
             self._at_once.set()
         self.draining.set()
-        self.admission.draining = True
+        self.admission.drain()
 
     async def run(self) -> None:
         """Serve until `shut_down`, then drain, close and return."""

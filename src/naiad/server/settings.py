@@ -28,6 +28,15 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     http_max_input_size: Annotated[int, Meta(ge=1)] = 64 * 1024 * 1024
     """Largest request body, in bytes."""
 
+    http_max_total_input_size: Annotated[int, Meta(ge=1)] = 512 * 1024 * 1024
+    """Most bytes of request bodies held at once, of all requests together; the next gets 429."""
+
+    body_timeout_s: Annotated[float, Meta(gt=0.0)] = 30.0
+    """Longest a request body may take to arrive."""
+
+    max_prompts: Annotated[int, Meta(ge=1)] = 128
+    """Most prompts in one completion request."""
+
     max_concurrent_requests: Annotated[int, Meta(ge=1)] | None = None
     """Most inference requests at once; the next gets 429. Unset: the models' queues decide."""
 

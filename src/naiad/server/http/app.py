@@ -12,7 +12,15 @@ from collections.abc import Awaitable, Callable
 from naiad.core.metrics import Registry
 from naiad.server.admission import Admission, Disconnected
 from naiad.server.http.errors import KSERVE
-from naiad.server.http.exchange import ErrorStyle, Exchange, Receive, Scope, Send
+from naiad.server.http.exchange import (
+    ErrorStyle,
+    Exchange,
+    Receive,
+    Scope,
+    Send,
+    WrongMethod,
+)
+from naiad.server.http.intake import Intake
 from naiad.server.http.kserve import KServeRoutes
 from naiad.server.http.pages import make_pages
 from naiad.server.models import ModelTable
@@ -42,8 +50,9 @@ class HttpApp:
         settings: ServerSettings,
         registry: Registry | None,
     ) -> None:
-        openai = OpenAIRoutes(table, admission, settings.http_max_input_size)
-        self._kserve = KServeRoutes(table, admission, settings.http_max_input_size)
+        self._intake = Intake(admission, settings)
+        openai = OpenAIRoutes(table, admission, self._intake, settings.max_prompts)
+        self._kserve = KServeRoutes(table, admission, self._intake)
         self._pages = make_pages(table, admission, registry)
         self._posts: dict[str, Handler] = {}
         for prefix in ("/v1", "/openai/v1"):
@@ -64,12 +73,13 @@ class HttpApp:
         except Exception as error:  # noqa: BLE001 - every refusal reaches the client as a reply
             await exchange.fail(error, style)
         finally:
+            self._intake.release(exchange)
             exchange.log()
 
     def _route(self, path: str, method: str) -> tuple[Handler, ErrorStyle]:
         handler = self._posts.get(path)
-        if handler is not None and method == "POST":
-            return handler, OPENAI
+        if handler is not None:
+            return handler if method == "POST" else _only_post, OPENAI
         if path.startswith("/v2/models/"):
             return self._kserve.answer, KSERVE
         style = OPENAI if path.startswith(("/v1/", "/openai/")) else KSERVE
@@ -77,3 +87,8 @@ class HttpApp:
 
     async def _page(self, exchange: Exchange) -> None:
         await self._pages(exchange.scope, exchange.receive, exchange.send)
+
+
+async def _only_post(exchange: Exchange) -> None:
+    method, path = exchange.scope["method"], exchange.scope["path"]
+    raise WrongMethod(f"Method Not Allowed: {method} {path}", allow="POST")

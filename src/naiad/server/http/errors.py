@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import msgspec
 
 from naiad.core.errors import Kind, NaiadError
-from naiad.server.http.exchange import ErrorStyle
+from naiad.server.http.exchange import ErrorStyle, WrongMethod
+from naiad.server.http.intake import BodyTimedOut
 from naiad.server.models import UnknownModel
 
 STATUS: Mapping[Kind | type[NaiadError], int] = {
@@ -21,6 +22,8 @@ STATUS: Mapping[Kind | type[NaiadError], int] = {
     Kind.TIMED_OUT: 503,
     Kind.INTERNAL: 500,
     UnknownModel: 400,
+    WrongMethod: 405,
+    BodyTimedOut: 408,
 }
 """By class where a class differs from its kind."""
 

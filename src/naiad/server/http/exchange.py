@@ -1,4 +1,4 @@
-"""One HTTP request and its reply, over raw ASGI: body with a limit, one-piece or streamed reply.
+"""One HTTP request and its reply, over raw ASGI: one-piece or streamed. Bodies: `http.intake`.
 
 It also remembers what the access log says of the request. Which error becomes which status is the
 protocols' business (`http.errors`, `openai.errors`); `ErrorStyle` is the form in which they tell.
@@ -16,8 +16,7 @@ from typing import Any
 
 import msgspec
 
-from naiad.core.errors import InternalError, Kind, NaiadError, TooLarge
-from naiad.server.admission import Disconnected
+from naiad.core.errors import InternalError, InvalidRequest, Kind, NaiadError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -33,6 +32,10 @@ _log = logging.getLogger("naiad.server")
 _access_log = logging.getLogger("naiad.access")
 _encode = msgspec.json.Encoder().encode
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+class WrongMethod(InvalidRequest):
+    """The path takes other methods. Facts: `allow`, those it takes, with commas between."""
 
 
 class ErrorStyle(msgspec.Struct, frozen=True):
@@ -93,31 +96,8 @@ class Exchange:
                 return bytes(value)
         return None
 
-    async def body(self, limit_bytes: int) -> bytes:
-        """The whole body.
-
-        Raises:
-            TooLarge: it is announced to be, or grows, over `limit_bytes`.
-            Disconnected: the client left before its end.
-        """
-        announced = self.header(b"content-length")
-        if announced is not None and announced.isdigit():
-            _check_size(int(announced), limit_bytes)
-        pieces: list[bytes] = []
-        more = True
-        while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise Disconnected("the client disconnected while sending its request")
-            piece = message.get("body", b"")
-            self.num_body_bytes += len(piece)
-            _check_size(self.num_body_bytes, limit_bytes)
-            pieces.append(piece)
-            more = message.get("more_body", False)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
     async def disconnected(self) -> None:
-        """Return when the client has gone; only after `body`."""
+        """Return when the client has gone; only after the body has been read."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
@@ -167,6 +147,10 @@ class Exchange:
         if known.kind in (Kind.OVERLOADED, Kind.UNAVAILABLE):
             pause_s = math.ceil(float(known.facts.get("retry_after_s", 1)))
             headers = ((b"retry-after", b"%d" % max(pause_s, 1)),)
+        elif known.kind is Kind.TIMED_OUT:  # of a body that still comes, nobody reads the rest
+            headers = ((b"connection", b"close"),)
+        elif isinstance(known, WrongMethod):
+            headers = ((b"allow", str(known.facts["allow"]).encode()),)
         await self.reply(style.status(known), body, headers=headers)
 
     def describe(self, error: Exception) -> NaiadError:
@@ -227,12 +211,3 @@ class Exchange:
         self._ended = True
         self.num_reply_bytes += len(body)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-def _check_size(num_bytes: int, limit_bytes: int) -> None:
-    if num_bytes > limit_bytes:
-        raise TooLarge(
-            f"the request body has {num_bytes} bytes or more, the limit is {limit_bytes}",
-            hint="send less, or start the server with a larger --http-max-input-size",
-            limit=limit_bytes,
-        )

@@ -12,6 +12,7 @@ from naiad.core.tensor import DataType, Tensor
 from naiad.server.admission import Admission
 from naiad.server.http.exchange import Exchange, Send
 from naiad.server.http.infer import check_parameters, note_usage
+from naiad.server.http.intake import Intake, decode_apart
 from naiad.server.http.tensors import tensor_from_json, tensor_to_json
 from naiad.server.models import ModelTable, ServedModel
 
@@ -25,22 +26,22 @@ class GenerateRoutes:
     Args:
         table: The models.
         admission: Who may run.
-        max_body_bytes: Largest request body.
+        intake: Reads the bodies.
     """
 
-    def __init__(self, table: ModelTable, admission: Admission, max_body_bytes: int) -> None:
+    def __init__(self, table: ModelTable, admission: Admission, intake: Intake) -> None:
         self._table = table
         self._admission = admission
-        self._max_body_bytes = max_body_bytes
+        self._intake = intake
 
     async def answer(self, exchange: Exchange, model: str, version: str, *, stream: bool) -> None:
         """Decode, infer, encode: one response, or all of them as events."""
-        self._admission.check()
-        data = await exchange.body(self._max_body_bytes)
+        data = await self._intake.read(exchange)
         served = self._table.find(model, version)
-        if exchange.header(b"content-encoding") not in (None, b"", b"identity"):
-            raise InvalidRequest("generate takes no content encoding but identity")
-        request = decode_generate(data, served.metadata, model, version or served.version)
+        request = await decode_apart(
+            data,
+            lambda data: decode_generate(data, served.metadata, model, version or served.version),
+        )
         async with self._admission.admit(exchange.disconnected):
             if stream:
                 await _stream(exchange, served, request)

@@ -12,6 +12,7 @@ from naiad.core.model import InferRequest, InferResponse, Parameter, RequestedOu
 from naiad.core.tensor import DataType, Tensor
 from naiad.server.admission import Admission
 from naiad.server.http.exchange import Exchange
+from naiad.server.http.intake import Intake, decode_apart
 from naiad.server.http.tensors import tensor_from_json, tensor_to_json
 from naiad.server.models import ModelTable
 
@@ -55,26 +56,26 @@ class InferRoute:
     Args:
         table: The models.
         admission: Who may run.
-        max_body_bytes: Largest request body.
+        intake: Reads the bodies.
     """
 
-    def __init__(self, table: ModelTable, admission: Admission, max_body_bytes: int) -> None:
+    def __init__(self, table: ModelTable, admission: Admission, intake: Intake) -> None:
         self._table = table
         self._admission = admission
-        self._max_body_bytes = max_body_bytes
+        self._intake = intake
 
     async def answer(self, exchange: Exchange, model: str, version: str) -> None:
         """Decode, infer, encode."""
-        self._admission.check()
-        data = await exchange.body(self._max_body_bytes)
+        data = await self._intake.read(exchange)
         served = self._table.find(model, version)
         if exchange.header(b"inference-header-content-length") is not None:
             raise Unsupported(
                 "the binary tensor data extension is not supported yet",
                 hint="send tensors as JSON (tritonclient: binary_data=False)",
             )
-        _check_encoding(exchange)
-        request = decode_infer(data, model, version or served.version)
+        request = await decode_apart(
+            data, lambda data: decode_infer(data, model, version or served.version)
+        )
         async with self._admission.admit(exchange.disconnected):
             responses = served.infer(request)
             try:
@@ -97,15 +98,6 @@ def note_usage(exchange: Exchange, response: InferResponse) -> None:
     if response.usage is not None:
         exchange.num_input_tokens = response.usage.num_input_tokens
         exchange.num_output_tokens = response.usage.num_output_tokens
-
-
-def _check_encoding(exchange: Exchange) -> None:
-    encoding = exchange.header(b"content-encoding")
-    if encoding not in (None, b"", b"identity"):
-        raise Unsupported(
-            f"content encoding '{(encoding or b'').decode('latin-1')}' is not supported",
-            hint="send the body as it is",
-        )
 
 
 def decode_infer(data: bytes, model: str, version: str) -> InferRequest:

@@ -15,9 +15,10 @@ import msgspec
 from naiad.core.errors import InvalidRequest
 from naiad.core.model import ModelMetadata, TensorSpec
 from naiad.server.admission import Admission
-from naiad.server.http.exchange import Exchange
+from naiad.server.http.exchange import Exchange, WrongMethod
 from naiad.server.http.generate import GenerateRoutes
 from naiad.server.http.infer import InferRoute
+from naiad.server.http.intake import Intake
 from naiad.server.models import ModelTable, UnknownModel
 
 _PATH = re.compile(
@@ -52,24 +53,23 @@ class KServeRoutes:
     Args:
         table: The models.
         admission: Who may run.
-        max_body_bytes: Largest request body.
+        intake: Reads the bodies.
     """
 
-    def __init__(self, table: ModelTable, admission: Admission, max_body_bytes: int) -> None:
+    def __init__(self, table: ModelTable, admission: Admission, intake: Intake) -> None:
         self._table = table
-        self._infer = InferRoute(table, admission, max_body_bytes)
-        self._generate = GenerateRoutes(table, admission, max_body_bytes)
+        self._infer = InferRoute(table, admission, intake)
+        self._generate = GenerateRoutes(table, admission, intake)
 
     async def answer(self, exchange: Exchange) -> None:
         """Find out what is asked and answer it."""
         path = parse_path(exchange.scope["raw_path"])
         if path is None or (not path.model and path.action != "stats"):
-            await _refuse(exchange, 404, "Not Found")
+            await exchange.reply(404, msgspec.json.encode({"error": "Not Found"}))
             return
         allowed = ("POST",) if path.action in _POSTS else ("GET", "HEAD")
         if exchange.scope["method"] not in allowed:
-            await _refuse(exchange, 405, "Method Not Allowed")
-            return
+            raise WrongMethod("Method Not Allowed", allow=", ".join(allowed))
         exchange.model = path.model
         match path.action:
             case "infer":
@@ -139,7 +139,3 @@ def config_reply(metadata: ModelMetadata) -> dict[str, Any]:
         "instance_group": [],
         "model_transaction_policy": {"decoupled": metadata.decoupled},
     }
-
-
-async def _refuse(exchange: Exchange, status: int, text: str) -> None:
-    await exchange.reply(status, msgspec.json.encode({"error": text}))

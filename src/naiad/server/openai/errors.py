@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import msgspec
 
 from naiad.core.errors import Kind, NaiadError
-from naiad.server.http.exchange import ErrorStyle
+from naiad.server.http.exchange import ErrorStyle, WrongMethod
+from naiad.server.http.intake import BodyTimedOut
 from naiad.server.models import UnknownModel
 
 
@@ -31,6 +32,8 @@ TABLE: Mapping[Kind | type[NaiadError], Row] = {
     Kind.TIMED_OUT: Row(504, "server_error", "timed_out"),
     Kind.INTERNAL: Row(500, "server_error", "internal_error"),
     UnknownModel: Row(404, "invalid_request_error", "model_not_found"),
+    WrongMethod: Row(405, "invalid_request_error"),
+    BodyTimedOut: Row(408, "invalid_request_error", "body_timed_out"),
 }
 """By class where a class differs from its kind."""
 

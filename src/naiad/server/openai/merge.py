@@ -42,11 +42,11 @@ async def _merge(
         finally:
             await stream.aclose()
 
-    pumps = [
-        asyncio.create_task(pump(stream, number * answers_per_prompt))
-        for number, stream in enumerate(streams)
-    ]
+    pumps = []
     try:
+        for number, stream in enumerate(streams):
+            pumps.append(asyncio.create_task(pump(stream, number * answers_per_prompt)))
+            await asyncio.sleep(0)  # reading a prompt takes a while: other requests go in between
         num_open = len(pumps)
         while num_open:
             item = await queue.get()

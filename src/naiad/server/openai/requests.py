@@ -205,28 +205,39 @@ def _sampling(body: SamplingBody, **extra: Any) -> SamplingParams:
         raise InvalidRequest(str(error), param=_param(str(error))) from None
 
 
-def completion_requests(body: CompletionBody, request_id: str) -> list[GenerateRequest]:
-    """One request per prompt."""
+def read_completion(
+    data: bytes, request_id: str, max_prompts: int
+) -> tuple[CompletionBody, list[GenerateRequest]]:
+    """A completion's body, and one request per prompt; raises as `decode` does."""
+    body = decode(data, CompletionBody)
+    prompts = _prompts(body.prompt, max_prompts)
     sampling = _sampling(
         body,
         logprobs=body.logprobs,
         max_tokens=16 if body.max_tokens is None else None,  # OpenAI's default
     )
-    return [
+    requests = [
         GenerateRequest(
             id=request_id, prompt=prompt, sampling=sampling, priority=body.priority or 0
         )
-        for prompt in _prompts(body.prompt)
+        for prompt in prompts
     ]
+    return body, requests
 
 
-def _prompts(prompt: str | list[Any]) -> list[TextPrompt | TokensPrompt]:
+def _prompts(prompt: str | list[Any], max_prompts: int) -> list[TextPrompt | TokensPrompt]:
     if isinstance(prompt, str):
         return [TextPrompt(prompt)]
     if not prompt:
         raise InvalidRequest("`prompt` is empty", param="prompt")
     if all(type(item) is int for item in prompt):
         return [TokensPrompt(tuple(prompt))]
+    if len(prompt) > max_prompts:
+        raise InvalidRequest(
+            f"`prompt` has {len(prompt)} prompts, a request takes at most {max_prompts}",
+            hint="send several requests, or start the server with a larger --max-prompts",
+            param="prompt",
+        )
     if all(isinstance(item, str) for item in prompt):
         return [TextPrompt(item) for item in prompt]
     if all(isinstance(item, list) and all(type(i) is int for i in item) for item in prompt):
@@ -237,15 +248,16 @@ def _prompts(prompt: str | list[Any]) -> list[TextPrompt | TokensPrompt]:
     )
 
 
-def chat_request(body: ChatBody, request_id: str) -> GenerateRequest:
-    """The one request of a chat."""
+def read_chat(data: bytes, request_id: str) -> tuple[ChatBody, GenerateRequest]:
+    """A chat's body and its one request; raises as `decode` does."""
+    body = decode(data, ChatBody)
     logprobs = None
     if body.logprobs:
         logprobs = body.top_logprobs or 0
     elif body.top_logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs`", param="top_logprobs")
     generation_prompt = True if body.add_generation_prompt is None else body.add_generation_prompt
-    return GenerateRequest(
+    request = GenerateRequest(
         id=request_id,
         prompt=ChatPrompt(
             tuple(_message(number, item) for number, item in enumerate(body.messages)),
@@ -254,6 +266,7 @@ def chat_request(body: ChatBody, request_id: str) -> GenerateRequest:
         sampling=_sampling(body, logprobs=logprobs, max_tokens=body.max_completion_tokens),
         priority=body.priority or 0,
     )
+    return body, request
 
 
 def _message(number: int, message: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import msgspec
 from naiad.core.generation import GenerateDelta, GenerateRequest
 from naiad.server.admission import Admission
 from naiad.server.http.exchange import Exchange, Send
+from naiad.server.http.intake import Intake
 from naiad.server.models import ModelTable
 from naiad.server.openai.chunks import (
     DONE,
@@ -24,12 +25,9 @@ from naiad.server.openai.chunks import (
 )
 from naiad.server.openai.merge import merge
 from naiad.server.openai.requests import (
-    ChatBody,
-    CompletionBody,
     SamplingBody,
-    chat_request,
-    completion_requests,
-    decode,
+    read_chat,
+    read_completion,
 )
 
 
@@ -39,31 +37,33 @@ class OpenAIRoutes:
     Args:
         table: The models.
         admission: Who may run.
-        max_body_bytes: Largest request body.
+        intake: Reads the bodies.
+        max_prompts: Most prompts in one completion request.
     """
 
-    def __init__(self, table: ModelTable, admission: Admission, max_body_bytes: int) -> None:
+    def __init__(
+        self, table: ModelTable, admission: Admission, intake: Intake, max_prompts: int
+    ) -> None:
         self._table = table
         self._admission = admission
-        self._max_body_bytes = max_body_bytes
+        self._intake = intake
+        self._max_prompts = max_prompts
 
     async def chat(self, exchange: Exchange) -> None:
         """`POST /v1/chat/completions`."""
-        body = decode(await self._read(exchange), ChatBody)
-        request = chat_request(body, exchange.request_id)
+        body, request = await self._intake.decode(
+            exchange, lambda data: read_chat(data, exchange.request_id)
+        )
         form = Chat(request.sampling.logprobs)
         await self._answer(exchange, body, form, [request])
 
     async def completions(self, exchange: Exchange) -> None:
         """`POST /v1/completions`."""
-        body = decode(await self._read(exchange), CompletionBody)
-        requests = completion_requests(body, exchange.request_id)
+        body, requests = await self._intake.decode(
+            exchange, lambda data: read_completion(data, exchange.request_id, self._max_prompts)
+        )
         form = Completion(body.logprobs, has_prompt_logprobs=body.prompt_logprobs is not None)
         await self._answer(exchange, body, form, requests)
-
-    async def _read(self, exchange: Exchange) -> bytes:
-        self._admission.check()  # before reading: a draining server takes in nothing more
-        return await exchange.body(self._max_body_bytes)
 
     async def _answer(
         self, exchange: Exchange, body: SamplingBody, form: Form, requests: list[GenerateRequest]
