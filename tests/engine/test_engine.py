@@ -7,9 +7,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from naiad.core.errors import InternalError
+from naiad.engine import admission
 from naiad.engine.engine import Engine
 from naiad.engine.runner import Runner
 from tests.engine import golden
+from tests.engine.broken_engine import BrokenRunner
 from tests.engine.driving import (
     Setup,
     checkpoint,
@@ -228,6 +231,30 @@ def test_ids_outside_the_vocabulary_harm_only_their_own_request(
     assert "512" in rejected[0].error.message
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "sampling", "message"),
+    [
+        (100, {"prompt_logprobs": 20}, "20 prompt_logprobs for 100 prompt tokens are 2100 values"),
+        (5, {"logit_bias": dict.fromkeys(range(51), 1.0)}, "logit_bias has 51 entries"),
+        (5, {"stop_token_ids": tuple(range(41))}, "stop_token_ids has 41 entries"),
+    ],
+)
+def test_what_would_burden_everybodys_steps_is_refused_with_the_numbers(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int, sampling: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(admission, "MAX_PROMPT_LOGPROBS", 2099)
+    monkeypatch.setattr(admission, "MAX_LOGIT_BIAS", 50)
+    monkeypatch.setattr(admission, "MAX_STOP_TOKEN_IDS", 40)
+    engine = make_engine(SHAPE, SLOTS)
+    engine.submit(request(0, tokens_of(0, num_tokens), greedy(max_tokens=1, **sampling)))
+
+    ((kind, said),) = refusals(engine).values()
+
+    assert kind == "invalid"
+    assert message in said
+    assert is_empty(engine)
+
+
 def test_one_more_than_may_wait_is_rejected_as_overloaded() -> None:
     engine = make_engine(SHAPE, SLOTS, max_queued_requests=2, max_num_seqs=1)
     for number in range(5):  # one takes the free row
@@ -280,6 +307,32 @@ def test_a_step_that_raises_rejects_what_was_there_and_the_engine_goes_on(
     again = drive(engine, [(0, request(0, prompts[0], greedy(max_tokens=6)))])
     assert again.tokens[0, 0] == wanted_tokens(prompts[0], 6)
     assert first_outputs(again)[0, 0].prompt_cached_tokens == 0, "the cache is not trusted"
+
+
+def test_a_step_that_works_between_failures_shows_that_the_device_does() -> None:
+    engine = make_engine(SHAPE, SLOTS)
+    works = engine._runner
+    for number in range(5):
+        engine._runner = BrokenRunner()  # type: ignore[assignment]
+        engine.submit(request(number, [5], greedy(max_tokens=1)))
+        assert [rejected.id for rejected in engine.step().rejected] == [number]
+        engine.cancel(number)
+        assert engine.step().rejected == []
+        engine._runner = works
+        assert drive(engine, [(0, request(9, [5], greedy(max_tokens=1)))]).tokens[9, 0]
+
+
+def test_an_engine_whose_every_step_failed_says_so_and_works_no_more() -> None:
+    engine = make_engine(SHAPE, SLOTS)
+    engine._runner = BrokenRunner()  # type: ignore[assignment]
+    for number in range(2):
+        assert not engine.step().rejected, "nothing to run, which says nothing of the device"
+        engine.submit(request(number, [5], greedy(max_tokens=1)))
+        assert [rejected.id for rejected in engine.step().rejected] == [number]
+
+    assert engine.has_work(), "it waits for nobody to say that it is broken"
+    with pytest.raises(InternalError, match=r"2 steps in a row failed.*the device is gone"):
+        engine.step()
 
 
 # ---------------------------------------------------------------- counters

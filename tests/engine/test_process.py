@@ -32,9 +32,10 @@ from naiad.engine.messages import (
     ToEngine,
 )
 from naiad.engine.process import EngineFactory, serve
-from naiad.engine.transport import BlockingChannel, PeerGone
+from naiad.engine.transport import MAX_FRAME_BYTES, BlockingChannel, PeerGone
 from tests.backends.llm import fake_engine
 from tests.backends.llm.fake_engine import FakeEngine
+from tests.engine import broken_engine
 
 RAISING = 99
 
@@ -65,11 +66,15 @@ class Client:
 
 
 @contextmanager
-def served(make_engine: EngineFactory, path: Path = Path("model")) -> Iterator[Client]:
+def served(
+    make_engine: EngineFactory, path: Path = Path("model"), max_frame_bytes: int = MAX_FRAME_BYTES
+) -> Iterator[Client]:
     ours, theirs = socket.socketpair()
 
     def run() -> None:
-        channel: BlockingChannel[ToEngine] = BlockingChannel(theirs, ToEngine)
+        channel: BlockingChannel[ToEngine] = BlockingChannel(
+            theirs, ToEngine, max_frame_bytes=max_frame_bytes
+        )
         try:
             serve(channel, make_engine)
         except PeerGone:
@@ -170,6 +175,69 @@ def test_an_engine_whose_every_step_raises_dies(capsys: pytest.CaptureFixture[st
         with pytest.raises(PeerGone):
             client.next()
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_an_engine_on_a_broken_device_dies_after_answering(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The real engine: it answers for its failed steps itself, and still must not go on forever."""
+    with served(broken_engine.make) as client:
+        while not isinstance(client.next(), Ready):
+            pass
+        for number in (1, 2):
+            client.send(request(number, [5], max_tokens=3))
+            step = client.next()
+            assert isinstance(step, StepOutputs)
+            assert [rejected.id for rejected in step.rejected] == [number]
+            client.send(Cancel(number))
+        message = client.next()
+        while isinstance(message, StepOutputs):
+            message = client.next()
+        assert isinstance(message, Died)
+        assert "the device is gone" in message.error.message
+    capsys.readouterr()
+
+
+class Talkative(FakeEngine):
+    """Says as many tokens at once as the first token of the prompt tells it."""
+
+    def step(self) -> StepOutputs:
+        outputs = super().step()
+        for output in outputs.outputs:
+            output.token_ids[1:] = [1000] * output.token_ids[0]
+        return outputs
+
+
+def test_a_report_too_large_for_one_message_comes_in_several() -> None:
+    with served(Talkative, max_frame_bytes=1500) as client:
+        client.next(), client.next()
+        sampling = EngineSampling(max_tokens=1, seed=0, n=8)
+        client.send(EngineRequest(id=1, prompt_token_ids=[300], sampling=sampling, arrival_ns=0))
+
+        found = []
+        while len(found) < 8:
+            message = client.next()
+            assert isinstance(message, StepOutputs)
+            assert not message.rejected
+            found += message.outputs
+        assert [(output.index, len(output.token_ids)) for output in found] == [
+            (index, 301) for index in range(8)
+        ]
+
+
+def test_an_answer_too_large_for_any_message_fails_its_own_request() -> None:
+    with served(Talkative, max_frame_bytes=1500) as client:
+        client.next(), client.next()
+        client.send(request(1, [2000], max_tokens=5))
+        step = client.next()
+        assert isinstance(step, StepOutputs)
+        assert [rejected.id for rejected in step.rejected] == [1]
+        assert step.rejected[0].error.kind == "too_large"
+        assert "bytes" in step.rejected[0].error.message
+
+        client.send(request(2, [5], max_tokens=1))
+        (said,) = client.outputs_of(2)
+        assert len(said.token_ids) == 6, "the engine goes on"
 
 
 def test_a_cancelled_request_is_out_of_the_next_report() -> None:

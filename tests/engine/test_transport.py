@@ -18,6 +18,7 @@ from naiad.engine.transport import (
     FrameDecoder,
     FrameEncoder,
     FrameProtocol,
+    MessageTooLarge,
     PeerGone,
 )
 
@@ -61,7 +62,7 @@ def test_a_length_above_the_bound_is_refused_before_its_bytes_arrive() -> None:
 
 
 def test_a_message_above_the_bound_is_not_sent() -> None:
-    with pytest.raises(CorruptFrame):
+    with pytest.raises(MessageTooLarge, match=r"takes 100"):
         FrameEncoder(max_frame_bytes=100).encode(Blob(bytes(101)))
 
 

@@ -17,6 +17,8 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
+import msgspec
+
 from naiad.core.errors import InvalidRequest, QueueFull, Unavailable
 from naiad.core.generation import (
     ChatPrompt,
@@ -156,9 +158,10 @@ class ScriptedLanguageModel(LanguageModel):
         scheduled_ns = time.monotonic_ns()
         completed = False
         try:
+            others = msgspec.structs.replace(summary, logprobs=None)
             answers = [
-                _Answer(index, self._script, self._vocabulary, request.sampling, summary)
-                for index in range(request.sampling.n)
+                _Answer(index, self._script, self._vocabulary, request.sampling, prompt)
+                for index, prompt in enumerate([summary] + [others] * (request.sampling.n - 1))
             ]
             room = self._max_model_len - summary.num_tokens
             position = 0

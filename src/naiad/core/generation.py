@@ -131,7 +131,8 @@ class PromptSummary(msgspec.Struct, frozen=True, kw_only=True):
     text: str | None = None
     """The prompt as text, where it was given or rendered as text."""
     logprobs: tuple[PositionLogprobs | None, ...] | None = None
-    """One per prompt token, the first None; only if `prompt_logprobs` asked for it."""
+    """One per prompt token, the first None; only if `prompt_logprobs` asked for it, and only with
+    answer 0: they are the same for all."""
 
 
 class GenerateTiming(msgspec.Struct, frozen=True, kw_only=True):

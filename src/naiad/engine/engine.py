@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from naiad.core.errors import InternalError, InvalidRequest, NaiadError, WireError
+from naiad.core.errors import InternalError, NaiadError, WireError
+from naiad.engine import admission
 from naiad.engine.batch import RowInput, StepBatch, build_batch
 from naiad.engine.config import EngineConfig
 from naiad.engine.decoder import Progress
@@ -32,18 +32,12 @@ from naiad.engine.rows import Draw, RowTable
 from naiad.engine.runner import PromptSpan, StepResult
 from naiad.engine.scheduler.base import RowPlan, SequenceUpdate, StepPlan
 from naiad.engine.scheduler.planner import Scheduler
+from naiad.engine.scheduler.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(slots=True)
-class PromptLogprobs:
-    """Log probabilities of one request's prompt, until every answer has reported them."""
-
-    unreported: set[int]
-    """Indices of answers."""
-    lines: list[TokenLogprobs | None]
-    """One per prompt token read so far; the first is None."""
+MAX_FAILED_STEPS = 2
+"""Steps of the model that may fail in a row before the device counts as broken."""
 
 
 class Engine:
@@ -72,36 +66,45 @@ class Engine:
         self._scheduler = Scheduler(loaded.limits, loaded.kv)
         self._rows = RowTable(loaded.limits.max_num_seqs, loaded.vocab_size, loaded.device)
         self._rejected: list[Rejected] = []
-        self._prompt_logprobs: dict[int, PromptLogprobs] = {}
+        self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+        """By request id, one line per prompt token read so far, until answer 0 reports them."""
+        self._failures: list[str] = []
+        """Of the last steps of the model, all of which failed."""
         self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. One that cannot be taken is `Rejected` by the next step."""
         try:
-            _check_ids(request, self.info.vocab_size)
+            admission.check(request, self.info.vocab_size)
             self._scheduler.add(request, time.monotonic_ns())
         except NaiadError as error:
             self._rejected.append(Rejected(request.id, WireError.of(error)))
             return
         if request.sampling.prompt_logprobs is not None:
-            answers = set(range(request.sampling.n))
-            self._prompt_logprobs[request.id] = PromptLogprobs(answers, [None])
+            self._prompt_logprobs[request.id] = [None]
 
     def cancel(self, request_id: int, index: int = -1) -> None:
         """Forget a request (or one answer of it); nothing more is reported for it."""
         for sequence in self._scheduler.cancel(request_id, index):
-            self._take_prompt_logprobs(request_id, sequence.index)
+            self._take_prompt_logprobs(sequence)
 
     def has_work(self) -> bool:
         """Whether a step would do or report something."""
-        return bool(self._rejected) or self._scheduler.has_work()
+        return bool(self._rejected) or self._is_broken() or self._scheduler.has_work()
 
     def step(self) -> StepOutputs:
         """Run one step of the model and report it.
 
-        A step that raises fails every request it could have touched with an internal error; the
+        A step that fails fails every request it could have touched with an internal error; the
         engine goes on with an empty queue.
+
+        Raises:
+            InternalError: `MAX_FAILED_STEPS` have failed in a row and been reported; only a new
+                process can help.
         """
+        if self._is_broken():
+            text = f"{len(self._failures)} steps in a row failed, the last with"
+            raise InternalError(f"{text} {self._failures[-1]}")
         plan = self._scheduler.plan(time.monotonic_ns())
         outputs: list[SequenceOutput] = []
         num_tokens = 0
@@ -109,6 +112,7 @@ class Engine:
             num_tokens = plan.num_tokens
             try:
                 outputs = self._run(plan)
+                self._failures.clear()
             except Exception as error:  # noqa: BLE001 -- whatever it is, its requests get an answer
                 self._fail(error)
         rejected, self._rejected = self._rejected, []
@@ -178,7 +182,7 @@ class Engine:
 
     def _keep_prompt_logprobs(self, row: RowPlan, lines: list[TokenLogprobs]) -> None:
         """Collect over chunks; a recomputed prompt (after preemption) overwrites what was there."""
-        self._prompt_logprobs[row.sequence.request.id].lines[row.start + 1 :] = lines
+        self._prompt_logprobs[row.sequence.request.id][row.start + 1 :] = lines
 
     def _report(
         self, updates: Seq[SequenceUpdate], drawing: Seq[RowPlan], result: StepResult
@@ -210,52 +214,31 @@ class Engine:
             finish_reason=update.finish_reason,
             stop_token_id=update.stop_token_id,
             prompt_cached_tokens=sequence.num_cached,
-            prompt_logprobs=(
-                self._take_prompt_logprobs(request.id, sequence.index) if first else None
-            ),
+            prompt_logprobs=self._take_prompt_logprobs(sequence) if first else None,
             first_scheduled_ns=sequence.first_scheduled_ns if first or finished else 0,
             first_token_ns=sequence.first_token_ns if first or finished else 0,
         )
 
-    def _take_prompt_logprobs(
-        self, request_id: int, index: int
-    ) -> list[TokenLogprobs | None] | None:
-        """What answer `index` reports, if it was asked for; forgotten after the last one."""
-        known = self._prompt_logprobs.get(request_id)
-        if known is None:
+    def _take_prompt_logprobs(self, sequence: Sequence) -> list[TokenLogprobs | None] | None:
+        """What the prompt was found to be, once, and only for the answer that read it."""
+        if sequence.index > 0:
             return None
-        known.unreported.discard(index)
-        if not known.unreported:
-            del self._prompt_logprobs[request_id]
-        return known.lines
+        return self._prompt_logprobs.pop(sequence.request.id, None)
+
+    def _is_broken(self) -> bool:
+        return len(self._failures) >= MAX_FAILED_STEPS
 
     def _fail(self, error: Exception) -> None:
         """Answer everybody after a failed step and start again with an empty cache."""
         log.exception("a step failed")
-        text = f"the engine failed in a step: {type(error).__name__}: {error}"
+        cause = f"{type(error).__name__}: {error}"
+        self._failures.append(cause)
         ids = {sequence.request.id for sequence in self._scheduler.fail_all()}
-        wire = WireError.of(InternalError(text))
+        wire = WireError.of(InternalError(f"the engine failed in a step: {cause}"))
         self._rejected += [Rejected(request_id, wire) for request_id in sorted(ids)]
         self._prompt_logprobs.clear()
         if isinstance(error, torch.cuda.OutOfMemoryError):
             torch.cuda.empty_cache()
-
-
-def _check_ids(request: EngineRequest, vocab_size: int) -> None:
-    """Refuse ids outside the vocabulary: on the device they would fail everybody's step."""
-    sampling = request.sampling
-    named = {
-        "the prompt": request.prompt_token_ids,
-        "logit_bias": sampling.logit_bias,
-        "stop_token_ids": sampling.stop_token_ids,
-    }
-    for name, ids in named.items():
-        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-            wrong = next(one for one in ids if not 0 <= one < vocab_size)
-            raise InvalidRequest(
-                f"{name} has token id {wrong}, outside the vocabulary of {vocab_size}",
-                hint=f"use ids from 0 to {vocab_size - 1}",
-            )
 
 
 def _prompt_spans(rows: Seq[RowPlan], batch: StepBatch) -> tuple[list[PromptSpan], list[RowPlan]]:

@@ -87,6 +87,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     prompt_cached_tokens: int = 0
     """Only meaningful with the answer's first tokens."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """One per prompt token, the first None; only with the first tokens of answer 0."""
     first_scheduled_ns: int = 0
     """Set with the first and with the last tokens, as is `first_token_ns`: a stop string, which only
     the client sees, may end the answer at any of them."""

@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from naiad.core.errors import InternalError, NaiadError, WireError
 from naiad.engine.config import EngineConfig
 from naiad.engine.messages import (
@@ -39,11 +41,12 @@ from naiad.engine.messages import (
     StepOutputs,
     ToEngine,
 )
-from naiad.engine.transport import BlockingChannel, PeerGone
+from naiad.engine.transport import BlockingChannel, MessageTooLarge, PeerGone
 
 _PR_SET_PDEATHSIG = 1
 _MAX_FAILED_STEPS = 2
-"""Steps that may raise in a row before the engine counts as broken."""
+"""Steps that may raise in a row before the engine counts as broken. `Engine` answers for failures of
+the model itself, and raises only once it has given up."""
 
 
 class StepEngine(Protocol):
@@ -139,7 +142,7 @@ class _Loop:
                         return
                     outputs = self._fail_all(error)
                 self._settle(outputs)
-                self._channel.send(outputs)
+                self._report(outputs)
             messages = self._channel.receive(wait=not self._engine.has_work())
 
     def _take(self, message: ToEngine) -> None:
@@ -152,6 +155,26 @@ class _Loop:
             else:
                 self._close_answer(message.id)
             self._engine.cancel(message.id, message.index)
+
+    def _report(self, step: StepOutputs) -> None:
+        """Send a step in as many messages as it takes; an answer too large for any fails alone."""
+        try:
+            self._channel.send(step)
+            return
+        except MessageTooLarge as error:
+            if not step.outputs:
+                raise
+            cause = WireError.of(error)
+        half, replace = len(step.outputs) // 2, msgspec.structs.replace
+        if half:
+            self._report(replace(step, outputs=step.outputs[:half]))
+            self._report(StepOutputs(outputs=step.outputs[half:], stats=step.stats))
+            return
+        request_id = step.outputs[0].id
+        self._num_open.pop(request_id, None)
+        self._engine.cancel(request_id)
+        rejected = [*step.rejected, Rejected(request_id, cause)]
+        self._report(replace(step, outputs=[], rejected=rejected))
 
     def _settle(self, outputs: StepOutputs) -> None:
         """Remember which requests are still open, and the last statistics."""

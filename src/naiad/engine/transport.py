@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
-from naiad.core.errors import NaiadError
+from naiad.core.errors import NaiadError, TooLarge
 
 HEADER_BYTES = 4
 MAX_FRAME_BYTES = 256 * 2**20
@@ -31,6 +31,10 @@ class PeerGone(NaiadError):
     """The process at the other end of the socket has closed it or died."""
 
 
+class MessageTooLarge(TooLarge):
+    """A message would be larger than a frame may be; nothing of it was sent."""
+
+
 class CorruptFrame(NaiadError):
     """A frame is larger than the bound; the stream cannot be trusted any more."""
 
@@ -43,12 +47,15 @@ class FrameEncoder:
         self._max_frame_bytes = max_frame_bytes
 
     def encode(self, message: msgspec.Struct) -> bytearray:
-        """One frame. Raises `CorruptFrame` if it would be larger than the bound."""
+        """One frame. Raises `MessageTooLarge`."""
         frame = bytearray(HEADER_BYTES)
         self._encoder.encode_into(message, frame, HEADER_BYTES)
         size = len(frame) - HEADER_BYTES
         if size > self._max_frame_bytes:
-            raise CorruptFrame(f"message has {size} bytes, a frame takes {self._max_frame_bytes}")
+            raise MessageTooLarge(
+                f"message has {size} bytes, a frame takes {self._max_frame_bytes}",
+                limit=self._max_frame_bytes,
+            )
         frame[:HEADER_BYTES] = size.to_bytes(HEADER_BYTES, "little")
         return frame
 
@@ -106,13 +113,18 @@ class BlockingChannel(Generic[Message]):
     """
 
     def __init__(
-        self, sock: socket.socket, kind: Any, *, max_unsent_bytes: int = MAX_UNSENT_BYTES
+        self,
+        sock: socket.socket,
+        kind: Any,
+        *,
+        max_unsent_bytes: int = MAX_UNSENT_BYTES,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
         sock.setblocking(False)
         self._socket = sock
         self._poll = select.poll()
-        self._encoder = FrameEncoder()
-        self._decoder: FrameDecoder[Message] = FrameDecoder(kind)
+        self._encoder = FrameEncoder(max_frame_bytes)
+        self._decoder: FrameDecoder[Message] = FrameDecoder(kind, max_frame_bytes)
         self._unsent = bytearray()
         self._max_unsent_bytes = max_unsent_bytes
 
@@ -130,7 +142,7 @@ class BlockingChannel(Generic[Message]):
         return messages
 
     def send(self, message: msgspec.Struct) -> None:
-        """Send now or soon. Raises `PeerGone`."""
+        """Send now or soon. Raises `PeerGone`, or `MessageTooLarge` and sends nothing."""
         self._unsent += self._encoder.encode(message)
         self._flush()
         while len(self._unsent) > self._max_unsent_bytes:

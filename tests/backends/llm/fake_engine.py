@@ -78,7 +78,7 @@ class FakeSequence:
             stop_token_id=stop,
             prompt_cached_tokens=1,
             prompt_logprobs=None
-            if sampling.prompt_logprobs is None or not is_first
+            if sampling.prompt_logprobs is None or not is_first or self.index > 0
             else [None, *map(fake_logprobs, prompt[1:])],
             first_scheduled_ns=self.scheduled_ns if stamped else 0,
             first_token_ns=self.first_token_ns if stamped else 0,

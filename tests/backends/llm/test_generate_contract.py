@@ -168,6 +168,16 @@ async def test_log_probabilities_come_one_per_token(model: LanguageModel) -> Non
     assert all(position is not None for position in prompt.logprobs[1:])
 
 
+async def test_log_probabilities_of_the_prompt_come_once_however_many_answers(
+    model: LanguageModel,
+) -> None:
+    deltas = await read(model, ask(prompt_logprobs=1, n=3, max_tokens=4, ignore_eos=True))
+
+    known = {delta.index: delta.prompt for delta in deltas if delta.prompt is not None}
+    assert sorted(known) == [0, 1, 2]
+    assert [prompt.logprobs is None for _, prompt in sorted(known.items())] == [False, True, True]
+
+
 async def test_tokens_and_chats_are_prompts_too(model: LanguageModel) -> None:
     few = SamplingParams(max_tokens=2, ignore_eos=True)
     tokens = GenerateRequest(id="r", prompt=TokensPrompt((5, 6, 7)), sampling=few)

@@ -15,11 +15,13 @@ import pytest
 
 pytest.importorskip("torch")
 
+from naiad.backends.llm.client import State
 from naiad.backends.llm.model import EngineLanguageModel, load_language_model
 from naiad.backends.llm.offline import LLM
-from naiad.core.errors import Unavailable
+from naiad.core.errors import InternalError, Unavailable
 from naiad.core.generation import GenerateRequest, SamplingParams, TextPrompt
 from naiad.engine.config import EngineConfig
+from tests.engine import broken_engine
 from tools.make_tiny_checkpoint import write_checkpoint
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
@@ -70,6 +72,25 @@ async def test_killed_under_load_it_fails_requests_in_a_second_and_serves_again_
 
     assert errors_s < 1.0
     assert served_s < max(5.0, 2 * first_load_s)  # the second where the machine is busy
+
+
+async def test_an_engine_on_a_broken_device_is_started_again(checkpoint: Path) -> None:
+    model = await load_language_model(checkpoint, CONFIG, command=broken_engine.COMMAND)
+    few = SamplingParams(max_tokens=4, ignore_eos=True)
+    for _ in range(2):
+        with pytest.raises(InternalError, match="the device is gone"):
+            await text(model, PROMPTS[0], few)
+
+    (checkpoint / "mended").touch()
+    while model.client.state is State.READY:
+        await asyncio.sleep(0)  # until it has been noticed
+    said = await text(model, PROMPTS[0], few)
+    num_restarts = model.client.num_restarts
+    await model.close()
+    (checkpoint / "mended").unlink()
+
+    assert said
+    assert num_restarts == 1
 
 
 def test_a_killed_server_leaves_no_engine_behind(checkpoint: Path) -> None:

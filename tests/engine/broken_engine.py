@@ -1,0 +1,38 @@
+"""The real engine on a device that fails every step. Run as a script it is an engine process.
+
+Its checkpoint is the model's folder, or a tiny one if that has none. In a folder with a file named
+`mended` the device works.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from naiad.engine import process
+from naiad.engine.config import EngineConfig
+from naiad.engine.engine import Engine
+from tests.engine.driving import checkpoint
+
+COMMAND = (sys.executable, "-P", "-m", "tests.engine.broken_engine")
+
+
+class BrokenRunner:
+    """A runner on a device that never works again."""
+
+    def run(self, *_arguments: Any) -> Any:
+        raise RuntimeError("the device is gone")
+
+
+def make(path: Path, config: EngineConfig, progress: process.Progress) -> Engine:
+    """An engine whose every step raises, unless its folder says otherwise."""
+    known = (path / "config.json").exists()
+    engine = Engine(path if known else checkpoint("llama-gqa"), config, progress)
+    if not (path / "mended").exists():
+        engine._runner = BrokenRunner()  # type: ignore[assignment]
+    return engine
+
+
+if __name__ == "__main__":
+    process.main(sys.argv[1:], make)
