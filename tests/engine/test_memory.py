@@ -57,7 +57,7 @@ def test_free_memory_of_this_machine_is_positive() -> None:
 def test_tuning_the_allocator_and_pages_changes_no_values() -> None:
     values = torch.arange(2_000_000)
 
-    memory.keep_freed_memory()
+    memory.prepare_heap(1 << 20)
     memory.use_huge_pages()
 
     assert torch.equal(values, torch.arange(2_000_000))

@@ -30,6 +30,7 @@ from naiad.engine.spec import ModelSpec
 
 _MAX_SEQS = {"cpu": 64, "cuda": 256}
 _STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
+_STEP_BYTES = 512 << 20  # of heap for the buffers of a step on CPU; address space, not memory
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -58,8 +59,9 @@ def load(path: Path, config: EngineConfig, progress: Progress) -> Loaded:
     spec = family.spec(raw)
     device = _device(config)
     dtype = _dtype(config, spec, device)
+    checkpoint = Checkpoint(path)
     if device.type == "cpu":
-        memory.keep_freed_memory()
+        memory.prepare_heap(checkpoint.total_bytes() + _STEP_BYTES)
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     max_len = _max_model_len(config, spec)
     layout = _layout(config, device)
@@ -67,7 +69,7 @@ def load(path: Path, config: EngineConfig, progress: Progress) -> Loaded:
     block_tokens = max_len if layout == "slots" else config.kv_page_tokens
     before = memory.free_bytes(device)
     target = Target(device, dtype, block_tokens, max_len)
-    decoder = Decoder(spec, family, Checkpoint(path), OpTable(config.ops, target), progress)
+    decoder = Decoder(spec, family, checkpoint, OpTable(config.ops, target), progress)
     if device.type == "cpu":
         memory.use_huge_pages()
     most, free = max_seqs * max_len, memory.free_bytes(device)

@@ -16,19 +16,32 @@ from naiad.engine.config import EngineConfig
 from naiad.engine.spec import ModelSpec
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
-_MADV_COLLAPSE = 25  # from linux/mman.h, since 6.1
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # from linux/mman.h; the second since 6.1
 _HUGE_PAGE = 2 << 20
+_HEAP_BLOCK = 256 << 20
 
 
-def keep_freed_memory() -> None:
-    """Let malloc reuse freed blocks of up to 1 GiB instead of returning them; glibc only.
+def prepare_heap(num_bytes: int) -> None:
+    """Let malloc reuse freed blocks of up to 1 GiB, out of a heap of huge pages; glibc on Linux only.
 
-    `rms_norm` of 1,024 rows of 768: 3.5 ms before, 0.22 ms after.
+    The heap is grown by `num_bytes` of address space before anything lies there: memory that is first
+    touched after `madvise` comes in huge pages (where the kernel has them on request or always),
+    which no later call achieves for what malloc hands out next. Nothing is committed by it.
+
+    `rms_norm` of 1,024 rows of 768 takes 3.5 ms where each buffer is faulted in again and 0.22 ms
+    where it is not; a decode step of 32 rows over a model of 125 M parameters takes 29 ms in small
+    pages and 24 ms in huge ones.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        libc.malloc.restype = ctypes.c_void_p
+        count = -(-num_bytes // _HEAP_BLOCK)  # a block above the threshold would be mapped apart
+        blocks = [libc.malloc(ctypes.c_size_t(_HEAP_BLOCK)) for _ in range(count)]
+        for block in blocks:
+            libc.free(ctypes.c_void_p(block))
+        _advise(_MADV_HUGEPAGE, heap_only=True)
     except (OSError, AttributeError):
         return  # another C library: slower, not wrong
 
@@ -36,23 +49,29 @@ def keep_freed_memory() -> None:
 def use_huge_pages() -> int:
     """Move what is allocated now into huge pages, where the kernel can (Linux 6.1); returns bytes.
 
-    Call it when the weights are loaded and before the cache is reserved, whose untouched pages it
-    would fill. Streaming 200 MB of weights in pieces of 2 MB takes 9 to 14 % less time.
+    For what `prepare_heap` came too late for. Call it before the cache is reserved, whose untouched
+    pages it would fill.
     """
     try:
-        madvise = ctypes.CDLL("libc.so.6", use_errno=True).madvise
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        return _advise(_MADV_COLLAPSE, heap_only=False)
     except (OSError, AttributeError):
         return 0
+
+
+def _advise(advice: int, *, heap_only: bool) -> int:
+    """Give one advice for whole huge pages of the heap, or of all private memory; bytes it took."""
+    madvise = ctypes.CDLL("libc.so.6", use_errno=True).madvise
     moved = 0
-    for line in lines:
+    for line in Path("/proc/self/maps").read_text().splitlines():
         fields = line.split()
+        name = fields[5] if len(fields) > 5 else ""
+        if "w" not in fields[1] or name not in (("[heap]",) if heap_only else ("[heap]", "")):
+            continue
         start, end = (int(part, 16) for part in fields[0].split("-"))
-        private_memory = "w" in fields[1] and (len(fields) < 6 or fields[5] == "[heap]")
         start = -(-start // _HUGE_PAGE) * _HUGE_PAGE
         length = (end - start) // _HUGE_PAGE * _HUGE_PAGE
-        if private_memory and length > 0:
-            args = ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_COLLAPSE
+        if length > 0:
+            args = ctypes.c_void_p(start), ctypes.c_size_t(length), advice
             moved += length if madvise(*args) == 0 else 0
     return moved
 
