@@ -291,6 +291,7 @@ class _Answer:
         self._num_tokens += 1
         if may_stop and not ended and token_id in sampling.stop_token_ids:
             reason, stop_reason = FinishReason.STOP, token_id
+            self._held += text if sampling.include_stop_str_in_output else ""
         elif not ended:
             self._held += text
             if stop := self._find_stop(may_stop):

@@ -16,6 +16,8 @@ from naiad.core.model import ModelMetadata
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_STOPS = 64
+MAX_STOP_BYTES = 16 * 1024
 MAX_INT = 2**31 - 1
 
 Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
@@ -51,11 +53,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Added to the logits of these token ids."""
     seed: Annotated[int, Meta(ge=-(2**63))] | None = None
     """Below 2^64."""
-    stop: tuple[str, ...] = ()
-    """Stop before the first of these strings."""
+    stop: Annotated[tuple[str, ...], Meta(max_length=MAX_STOPS)] = ()
+    """Stop before the first of these strings; 16 KiB together at most."""
     stop_token_ids: tuple[TokenId, ...] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    """Give out the text of the stop string, or of the stop token, that ended the answer."""
     skip_special_tokens: bool = True
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     """Report the chosen token's log probability and this many of the most likely ones."""
@@ -65,6 +68,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         # A bound of 2^64 does not fit msgspec's Meta; a ValueError here names the path as well.
         if self.seed is not None and self.seed >= 2**64:
             raise ValueError(f"Expected `int` < 2^64, got seed {self.seed}")
+        if self.stop:
+            size = sum([len(str(text).encode(errors="replace")) for text in self.stop])
+            if size > MAX_STOP_BYTES:
+                raise ValueError(f"stop has {size} bytes together, at most {MAX_STOP_BYTES} work")
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag="text"):

@@ -57,6 +57,7 @@ def write_text_files(folder: Path, **fake_options: Any) -> Path:
     byte_level_tokenizer().save(str(folder / "tokenizer.json"))
     config = {"bos_token": BOS, "eos_token": {"content": EOS}, "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text("{}")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
     (folder / "fake_engine.json").write_text(json.dumps(fake_options))
     return folder

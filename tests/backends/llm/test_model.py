@@ -160,6 +160,23 @@ async def test_a_stop_string_ends_only_its_own_answer(make_model: MakeModel) -> 
     await idle(model)
 
 
+async def test_a_stop_string_frees_its_answers_row_at_once(make_model: MakeModel) -> None:
+    model = await make_model(step_s=0.001)
+    prompt = TokensPrompt(tuple(range(20, 100)))  # answer 1 comes to token 20 after 79 steps
+    request = GenerateRequest(
+        id="r", prompt=prompt, sampling=SamplingParams(n=2, stop=(token_text(20),), max_tokens=400)
+    )
+
+    reading = asyncio.create_task(answer(model, request))
+    rows = set()
+    while not reading.done():
+        rows.add(model.client.stats.num_running)
+        await asyncio.sleep(0)
+
+    assert {delta.stop_reason for delta in await reading if delta.finish_reason} == {token_text(20)}
+    assert 1 in rows, "the engine went on with the answer that had ended"
+
+
 async def test_a_slow_reader_gets_several_steps_in_one_delta(make_model: MakeModel) -> None:
     model = await make_model()
     stream = model.generate(ask("the cat sat", max_tokens=3000, ignore_eos=True))
@@ -189,6 +206,7 @@ async def test_it_answers_to_the_served_name_the_folders_name_and_the_path(tmp_p
 
 
 async def test_without_a_tokenizer_no_process_is_started(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InvalidModel, match=r"tokenizer\.json"):
         await load_language_model(tmp_path, EngineConfig())
 

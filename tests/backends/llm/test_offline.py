@@ -126,7 +126,7 @@ def test_a_progress_bar_shows_prompts_and_speed(
 def test_unknown_settings_are_refused_before_loading(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match="gpu_memory"):
         LLM(tmp_path, gpu_memory=1)
-    with pytest.raises(InvalidModel, match=r"tokenizer\.json"):
+    with pytest.raises(InvalidModel, match=r"config\.json"):
         LLM(tmp_path)
 
 

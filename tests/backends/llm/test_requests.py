@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from naiad.backends.llm.defaults import ModelDefaults
-from naiad.backends.llm.requests import Answer, CheckpointText, Limits, Prompt, coalesce
+from naiad.backends.llm.requests import (
+    Answer,
+    CheckpointText,
+    Limits,
+    Prompt,
+    coalesce,
+    is_long,
+)
 from naiad.backends.llm.requests import engine_request as to_engine
 from naiad.backends.llm.template import ChatTemplate
 from naiad.backends.llm.tokenizer import Tokenizer
@@ -313,3 +322,64 @@ def test_end_of_sequence_falls_back_to_the_models_config(tmp_path: Path) -> None
 def test_a_default_of_the_wrong_type_names_file_and_field(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match=r"generation_config\.json.*temperature"):
         defaults_of(tmp_path, generation_config={"temperature": "hot"})
+
+
+@pytest.mark.parametrize(
+    ("stop", "complaint"),
+    [
+        (("x",) * 65, "length <= 64"),
+        (("x" * 8193, "y" * 8193), "16386 bytes together, at most 16384"),
+    ],
+)
+def test_stop_strings_are_bounded_in_number_and_size(stop: tuple[str, ...], complaint: str) -> None:
+    for text_of_stop in (stop, list(stop)):
+        with pytest.raises(msgspec.ValidationError, match=complaint):
+            msgspec.convert({"stop": text_of_stop}, SamplingParams)
+    assert len(SamplingParams(stop=("x",) * 64).stop) == 64
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        ({"role": "r" * 520_000, "content": "a"},),
+        ({"role": "user", "content": "a", "x" * 5000: 1},),
+        ({"role": "user", "content": "a", "tool_calls": [{"a": ["b" * 5000]}]},),
+        ({"role": "user", "content": "a"},) * 500_000,
+        ({"role": "user", "content": "a", "extra": [0] * 100_000},),
+    ],
+)
+def test_all_of_a_chat_decides_whether_it_is_long(messages: tuple[dict[str, Any], ...]) -> None:
+    begun_s = time.process_time()
+    assert is_long(ChatPrompt(messages), 4096)
+    assert time.process_time() - begun_s < 0.1
+
+
+def test_short_prompts_are_not_long() -> None:
+    talk = ({"role": "user", "content": "a" * 50},) * 20
+    for prompt in (TextPrompt("a" * 4096), TokensPrompt((1,) * 4096), ChatPrompt(talk)):
+        assert not is_long(prompt, 4096)
+    assert is_long(TextPrompt("a" * 4097), 4096)
+    assert is_long(TokensPrompt((1,) * 4097), 4096)
+
+
+@pytest.mark.parametrize(("include", "text"), [(False, "the"), (True, "the cat")])
+def test_a_stop_token_has_text_only_if_asked_for(include: bool, text: str) -> None:
+    the, cat = TOKENIZER.encode("the cat", add_special_tokens=False)
+    sampling = SamplingParams(stop_token_ids=(cat,), include_stop_str_in_output=include)
+    request = GenerateRequest(id="r", prompt=TextPrompt("x"), sampling=sampling)
+    answer = Answer(0, request, Prompt([5]), TOKENIZER, 0)
+
+    output = SequenceOutput(
+        id=1, index=0, token_ids=[the, cat], finish_reason="stop", stop_token_id=cat
+    )
+    delta = answer.feed(output, 1)
+
+    assert delta is not None
+    assert (delta.text, delta.stop_reason, delta.token_ids) == (text, cat, (the, cat))
+
+
+def test_a_path_that_is_no_checkpoint_says_what_is_missing_first(tmp_path: Path) -> None:
+    with pytest.raises(InvalidModel, match="nowhere is not a folder"):
+        CheckpointText.from_folder(tmp_path / "nowhere")
+    with pytest.raises(InvalidModel, match=r"has no config\.json"):
+        CheckpointText.from_folder(tmp_path)

@@ -22,7 +22,7 @@ from naiad.backends.llm.requests import (
     Prompt,
     coalesce,
     engine_request,
-    num_prompt_chars,
+    is_long,
 )
 from naiad.core.errors import NaiadError
 from naiad.core.generation import GenerateDelta, GenerateRequest
@@ -116,7 +116,7 @@ class EngineLanguageModel(LanguageModel):
                 self._client.close_request(message.id, ended=False)
 
     async def _read_prompt(self, request: GenerateRequest) -> Prompt:
-        if num_prompt_chars(request.prompt) <= MAX_INLINE_CHARS:
+        if not is_long(request.prompt, MAX_INLINE_CHARS):
             return self._text.read_prompt(request.prompt, self._limits)
         return await asyncio.to_thread(self._text.read_prompt, request.prompt, self._limits)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -19,7 +19,7 @@ from naiad.backends.llm.defaults import ModelDefaults
 from naiad.backends.llm.stops import StopMatcher
 from naiad.backends.llm.template import ChatTemplate
 from naiad.backends.llm.tokenizer import Tokenizer
-from naiad.core.errors import InvalidRequest
+from naiad.core.errors import InvalidModel, InvalidRequest
 from naiad.core.generation import (
     ChatPrompt,
     FinishReason,
@@ -73,6 +73,7 @@ class CheckpointText:
     @staticmethod
     def from_folder(folder: Path) -> CheckpointText:
         """Read tokenizer, chat template and generation defaults."""
+        _check_folder(folder)
         tokenizer = Tokenizer.from_folder(folder)
         return CheckpointText(
             tokenizer,
@@ -104,15 +105,48 @@ class CheckpointText:
         return _checked(Prompt(ids, text), limits)
 
 
-def num_prompt_chars(prompt: TextPrompt | TokensPrompt | ChatPrompt) -> int:
-    """About how much text there is to tokenize."""
+def _check_folder(folder: Path) -> None:
+    hint = "give the folder of a checkpoint in Hugging Face's layout"
+    if not folder.is_dir():
+        raise InvalidModel(f"{folder} is not a folder", hint=hint)
+    if not (folder / "config.json").is_file():
+        raise InvalidModel(f"{folder} has no config.json", hint=hint)
+
+
+def is_long(prompt: TextPrompt | TokensPrompt | ChatPrompt, limit: int) -> bool:
+    """Whether reading it takes longer than for `limit` characters of text.
+
+    Everything of a chat counts, keys and empty values too: the template sees all of it. Takes no
+    more time than `limit` allows, however long the prompt is.
+    """
     match prompt:
         case TextPrompt(text):
-            return len(text)
+            return len(text) > limit
+        case TokensPrompt(token_ids):
+            return len(token_ids) > limit
         case ChatPrompt(messages):
-            return sum(len(str(message.get("content"))) for message in messages)
-        case _:
-            return 0
+            return _weight(messages, limit) > limit
+
+
+_VALUE_WEIGHT = 8
+"""What a value or key of a message costs, in characters, beside its own."""
+
+
+def _weight(messages: Sequence[Any], limit: int) -> int:
+    """Characters of everything in `messages`; once past `limit`, of a part."""
+    weight = 0
+    found: list[Any] = [messages]
+    while found and weight <= limit:
+        value = found.pop()
+        if isinstance(value, str):
+            weight += len(value)
+        elif isinstance(value, dict):
+            found += [list(value), list(value.values())]
+        elif isinstance(value, (list, tuple)):
+            weight += _VALUE_WEIGHT * len(value)
+            if weight <= limit:
+                found += value
+    return weight
 
 
 def engine_request(
@@ -313,8 +347,8 @@ class Answer:
         """Text that may be given out, and the stop string that ends it."""
         ids = output.token_ids
         begin, self.num_tokens = self.num_tokens, self.num_tokens + len(ids)
-        if output.stop_token_id is not None:
-            ids = ids[:-1]  # it has no text
+        if output.stop_token_id is not None and not self._sampling.include_stop_str_in_output:
+            ids = ids[:-1]
         if self._matcher is None:
             text = self._detokenizer.feed(ids)
             return (text + self._detokenizer.flush() if output.finish_reason else text), None

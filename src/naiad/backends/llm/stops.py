@@ -29,11 +29,10 @@ class StopMatcher:
         include_stop: Whether the text given out ends with the stop string or before it.
     """
 
-    __slots__ = ("_held", "_include_stop", "_longest", "_stops")
+    __slots__ = ("_held", "_include_stop", "_stops")
 
     def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
         self._stops = tuple(sorted({stop for stop in stops if stop}, key=len, reverse=True))
-        self._longest = len(self._stops[0]) if self._stops else 0
         self._include_stop = include_stop
         self._held = ""
 
@@ -66,8 +65,10 @@ class StopMatcher:
 
     def _num_held(self, text: str) -> int:
         """Characters at the end that a stop string could begin with."""
-        for size in range(min(self._longest - 1, len(text)), 0, -1):
-            tail = text[-size:]
-            if any(len(stop) > size and stop.startswith(tail) for stop in self._stops):
-                return size
-        return 0
+        held = 0
+        for stop in self._stops:  # all sizes together are no more than the stop strings' characters
+            for size in range(min(len(stop) - 1, len(text)), held, -1):
+                if stop.startswith(text[-size:]):
+                    held = size
+                    break
+        return held
