@@ -117,3 +117,14 @@ def test_bias_and_masked_stop_tokens_name_their_row_in_the_batch() -> None:
     found = list(zip(*(column.tolist() for column in batch.bias), strict=True))
     assert found == [(1, 4, float("-inf")), (1, 5, float("-inf")), (2, 7, 1.5), (2, 8, -2.0)]
     assert batch_of(rows, 1, history=[1, 2, 3, 4]).bias is None, "two tokens were said"
+
+
+def test_entries_are_read_when_a_row_is_set_and_not_in_every_step() -> None:
+    bias = {7: 1.5}
+    rows = table({"logit_bias": bias, "stop_token_ids": (4,), "min_tokens": 9})
+    bias[8] = 1.0
+
+    for _ in range(2):
+        batch = batch_of(rows, 0)
+        assert batch.bias is not None
+        assert [column.tolist() for column in batch.bias] == [[0, 0], [7, 4], [1.5, float("-inf")]]

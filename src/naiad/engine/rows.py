@@ -28,6 +28,30 @@ class Draw:
     num_prompt: int
 
 
+@dataclass(slots=True)
+class _Bias:
+    """What is added to a row's logits, made once: the lists may be long and the steps are many."""
+
+    tokens: torch.Tensor
+    values: torch.Tensor
+    num_always: int
+    """The first ones, of logit_bias; the others only until there are `min_tokens`."""
+    min_tokens: int
+
+
+def _bias_of(sampling: EngineSampling, device: torch.device) -> _Bias | None:
+    bias = sampling.logit_bias
+    masked = sampling.stop_token_ids if sampling.min_tokens else ()
+    if not bias and not masked:
+        return None
+    return _Bias(
+        torch.tensor([*bias, *masked], device=device),
+        torch.tensor([*bias.values(), *[float("-inf")] * len(masked)], device=device),
+        len(bias),
+        sampling.min_tokens,
+    )
+
+
 class RowTable:
     """Sampling parameters by row.
 
@@ -45,7 +69,7 @@ class RowTable:
         self._num_logprobs = np.full(num_rows, -1, dtype=np.int64)
         self._plain = np.ones(num_rows, dtype=np.bool_)
         """Greedy and nothing else: the row needs no parameters."""
-        self._sampling: list[EngineSampling | None] = [None] * num_rows
+        self._biases: list[_Bias | None] = [None] * num_rows
 
     def set(self, row: int, sampling: EngineSampling, index: int) -> None:
         """Give `row` to answer `index` of a request with these parameters."""
@@ -65,7 +89,7 @@ class RowTable:
         self._plain[row] = not (
             s.temperature > 0 or penalised or s.logit_bias or s.min_tokens or s.logprobs is not None
         )
-        self._sampling[row] = s
+        self._biases[row] = _bias_of(s, self._device)
 
     def batch(self, draws: Sequence[Draw]) -> SamplingBatch:
         """The parameters of the rows that draw, in their order."""
@@ -122,26 +146,18 @@ class RowTable:
         self, draws: Sequence[Draw]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """logit_bias, and -inf on stop tokens while an answer is shorter than min_tokens."""
-        rows: list[int] = []
-        tokens: list[int] = []
-        values: list[float] = []
+        counts = [0] * len(draws)
+        tokens: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
         for number, draw in enumerate(draws):
-            sampling = self._sampling[draw.row]
-            if sampling is None:
+            bias = self._biases[draw.row]
+            if bias is None:
                 continue
-            if sampling.logit_bias:
-                rows += [number] * len(sampling.logit_bias)
-                tokens += sampling.logit_bias.keys()
-                values += sampling.logit_bias.values()
-            if len(draw.token_ids) - draw.num_prompt < sampling.min_tokens:
-                rows += [number] * len(sampling.stop_token_ids)
-                tokens += sampling.stop_token_ids
-                values += [float("-inf")] * len(sampling.stop_token_ids)
-        if not rows:
+            is_short = len(draw.token_ids) - draw.num_prompt < bias.min_tokens
+            counts[number] = count = len(bias.tokens) if is_short else bias.num_always
+            tokens.append(bias.tokens[:count])
+            values.append(bias.values[:count])
+        if not any(counts):
             return None
-        device = self._device
-        return (
-            torch.tensor(rows, device=device),
-            torch.tensor(tokens, device=device),
-            torch.tensor(values, dtype=torch.float32, device=device),
-        )
+        rows = torch.arange(len(draws)).repeat_interleave(torch.tensor(counts))
+        return rows.to(self._device), torch.cat(tokens), torch.cat(values)
