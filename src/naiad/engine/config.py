@@ -32,6 +32,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_queued_requests: PositiveInt = 2048
     """Requests that may wait; one more is refused with 429."""
 
+    max_queued_tokens: PositiveInt = 8_388_608
+    """Prompt tokens of the requests that may wait, together; more are refused with 429. A token takes
+    about 40 bytes."""
+
     kv_layout: Literal["auto", "pages", "slots"] = "auto"
     """How keys and values are kept; auto is slots (contiguous) on CPU and pages on CUDA."""
 

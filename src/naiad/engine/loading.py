@@ -83,12 +83,7 @@ def load(path: Path, config: EngineConfig, progress: Progress) -> Loaded:
         storage = SlotStorage(spec, num_blocks, dtype=dtype, device=device)
     else:
         storage = KvStorage(spec, num_blocks, block_tokens, dtype=dtype, device=device)
-    limits = SchedulerConfig(
-        max_num_seqs=max_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[device.type],
-        max_queued_requests=config.max_queued_requests,
-        max_model_len=max_len,
-    )
+    limits = _limits(config, device, max_seqs, max_len)
     info = Ready(
         architecture=spec.architecture,
         dtype=str(dtype).removeprefix("torch."),
@@ -107,6 +102,18 @@ def load(path: Path, config: EngineConfig, progress: Progress) -> Loaded:
     )
     runner = Runner(decoder, storage)
     return Loaded(runner, kv, block_tokens, device, spec.vocab_size, limits, info)
+
+
+def _limits(
+    config: EngineConfig, device: torch.device, max_seqs: int, max_len: int
+) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_num_seqs=max_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[device.type],
+        max_queued_requests=config.max_queued_requests,
+        max_queued_tokens=config.max_queued_tokens,
+        max_model_len=max_len,
+    )
 
 
 def _budget(free: int, weights: int, kv_text: str, kv: int) -> list[tuple[str, int]]:

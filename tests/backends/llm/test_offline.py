@@ -10,7 +10,7 @@ import pytest
 from naiad.backends.llm.offline import LLM, AnyPrompt
 from naiad.core.errors import InvalidModel, InvalidRequest, InvalidSettings, QueueFull, WireError
 from naiad.core.generation import FinishReason, SamplingParams, TokensPrompt
-from naiad.engine.messages import Rejected, StepOutputs
+from naiad.engine.messages import EngineRequest, Rejected, StepOutputs
 from tests.backends.llm.fake_engine import FakeEngine
 
 FEW = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -46,6 +46,24 @@ def test_more_prompts_than_the_queue_takes_are_fed_bit_by_bit_in_order(llm: LLM)
     prompts = [[number] for number in range(3, 103)]
     results = llm.generate(prompts, FEW, use_tqdm=False)
     assert [result.outputs[0].token_ids for result in results] == [[n] * 4 for n in range(3, 103)]
+
+
+def test_prompts_are_fed_by_their_tokens_too_and_a_long_one_alone(folder: Path) -> None:
+    sent: list[list[int]] = []
+
+    class Counting(FakeEngine):
+        def submit(self, request: EngineRequest) -> None:
+            super().submit(request)
+            sequences = [*self.running, *self.waiting]
+            sent.append([len(s.request.prompt_token_ids) for s in sequences])
+
+    prompts = [[3] * 4] * 5 + [[3] * 30] + [[3] * 4] * 5
+    with LLM(folder, make_engine=Counting, max_queued_tokens=10, max_num_seqs=2) as llm:
+        results = llm.generate(prompts, FEW, use_tqdm=False)
+
+    assert [len(result.prompt_token_ids) for result in results] == [4] * 5 + [30] + [4] * 5
+    assert max(map(len, sent)) == 2
+    assert all(sum(lengths) <= 10 or lengths == [30] for lengths in sent)
 
 
 def test_parameters_may_differ_by_prompt(llm: LLM) -> None:

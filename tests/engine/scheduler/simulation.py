@@ -82,6 +82,7 @@ def make_scheduler(
     rows: int = 4,
     budget: int = 64,
     queue: int = 1000,
+    queue_tokens: int = 10**6,
     in_flight: int = 1,
     aging_s: float = 10.0,
 ) -> Scheduler:
@@ -90,6 +91,7 @@ def make_scheduler(
         max_num_seqs=rows,
         max_num_batched_tokens=budget,
         max_queued_requests=queue,
+        max_queued_tokens=queue_tokens,
         max_model_len=MAX_MODEL_LEN,
         priority_aging_s=aging_s,
         max_in_flight_steps=in_flight,

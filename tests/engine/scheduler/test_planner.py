@@ -299,6 +299,44 @@ def test_a_full_queue_refuses_and_says_how_full() -> None:
     scheduler.add(request(2, C), 0)
 
 
+def test_prompts_that_wait_are_bounded_by_their_tokens_too() -> None:
+    scheduler = with_pages(queue_tokens=2 * len(A), rows=1)
+    scheduler.add(request(0, A), 0)
+    step(scheduler)  # running, so it does not count
+    scheduler.add(request(1, A, n=3), 0)  # once, however many answers
+    scheduler.add(request(2, A), 0)
+
+    with pytest.raises(QueueFull, match=rf"{2 * len(A)} prompt tokens wait") as refusal:
+        scheduler.add(request(3, [1]), 0)
+    assert refusal.value.facts == {"limit": 2 * len(A), "retry_after_s": 1.0}
+    scheduler.cancel(1)
+    scheduler.add(request(3, [1]), 0)
+
+
+def test_a_prompt_longer_than_may_wait_is_taken_if_nobody_waits() -> None:
+    scheduler = with_pages(queue_tokens=2, rows=1)
+    scheduler.add(request(0, A), 0)
+    step(scheduler)
+
+    scheduler.add(request(1, A), 0)
+    with pytest.raises(QueueFull):
+        scheduler.add(request(2, [1]), 0)
+
+
+def test_answers_share_their_prompt_until_they_start() -> None:
+    scheduler = with_pages(rows=2)
+    shared = request(0, A, n=4)
+    scheduler.add(shared, 0)
+    sequences = [sequence for answers in scheduler._requests.values() for sequence in answers]
+
+    assert all(sequence.token_ids is shared.prompt_token_ids for sequence in sequences)
+    step(scheduler)
+    step(scheduler)
+    started = [sequence.index for sequence in sequences if sequence.token_ids != A]
+    assert started == [0, 1]
+    assert shared.prompt_token_ids == A, "nobody writes into what is shared"
+
+
 def test_requests_that_free_rows_will_take_do_not_count_as_waiting() -> None:
     scheduler = with_pages(queue=1, rows=2)
     for number in range(3):  # two rows and one place in the queue, before any step

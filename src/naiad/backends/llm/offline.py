@@ -168,7 +168,7 @@ class LLM:
     ) -> list[RequestOutput]:
         jobs = self._prepare(prompts, _per_prompt(sampling_params, len(prompts)))
         with _progress_bar(len(jobs)) if use_tqdm and jobs else _no_bar() as report:
-            _Batch(self._engine, jobs, self._config.max_queued_requests).run(report)
+            _Batch(self._engine, jobs, self._config).run(report)
         return [job.result() for job in jobs]
 
     def _prepare(
@@ -236,11 +236,12 @@ class _Job:
 class _Batch:
     """Runs jobs on an engine, never more in flight than its queue takes."""
 
-    def __init__(self, engine: StepEngine, jobs: Sequence[_Job], max_in_flight: int) -> None:
+    def __init__(self, engine: StepEngine, jobs: Sequence[_Job], config: EngineConfig) -> None:
         self._engine = engine
         self._to_submit = list(reversed(jobs))
         self._in_flight: dict[int, _Job] = {}
-        self._max_in_flight = max_in_flight
+        self._num_tokens_in_flight = 0
+        self._config = config
         self._num_finished = 0
         self._num_prompt_tokens = 0
         self._num_tokens = 0
@@ -249,15 +250,24 @@ class _Batch:
         """To the end; on an error (Ctrl-C too) the engine is left without work."""
         try:
             while self._to_submit or self._in_flight:
-                while self._to_submit and len(self._in_flight) < self._max_in_flight:
+                while self._to_submit and self._has_room():
                     job = self._to_submit.pop()
                     self._in_flight[job.message.id] = job
+                    self._num_tokens_in_flight += len(job.message.prompt_token_ids)
                     self._engine.submit(job.message)
                 self._step()
                 report(self._num_finished, self._num_prompt_tokens, self._num_tokens)
         finally:
             for request_id in self._in_flight:
                 self._engine.cancel(request_id)
+
+    def _has_room(self) -> bool:
+        """Whether the engine's queue takes the next job for certain."""
+        config, num_prompt = self._config, len(self._to_submit[-1].message.prompt_token_ids)
+        return not self._in_flight or (
+            len(self._in_flight) < config.max_queued_requests
+            and self._num_tokens_in_flight + num_prompt <= config.max_queued_tokens
+        )
 
     def _step(self) -> None:
         outputs = self._engine.step()
@@ -281,6 +291,7 @@ class _Batch:
                     self._engine.cancel(output.id, output.index)
                 if not job.num_open:
                     del self._in_flight[output.id]
+                    self._num_tokens_in_flight -= len(job.message.prompt_token_ids)
                     self._num_finished += 1
 
 

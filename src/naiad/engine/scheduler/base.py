@@ -53,9 +53,11 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     max_queued_requests: int
+    max_queued_tokens: int
     max_model_len: int
     priority_aging_s: float = 10.0
     """A waiting sequence's priority improves by one each time it has waited this long, so that no
     stream of urgent requests starves it."""
     max_in_flight_steps: int = 1
-    """Plans that may be uncommitted at once; 1: no run-ahead."""
+    """Plans that may be uncommitted at once; 1: no run-ahead, as `Engine` runs it: a runner must not
+    wait for the sampled tokens to make more of it."""

@@ -46,6 +46,11 @@ _MAX_SPARE_SHARE = 1 / 16
 _RETRY_AFTER_S = 1.0
 
 
+def _queue_full(text: str, setting: str, limit: int) -> QueueFull:
+    hint = f"retry after a pause, or raise {setting}"
+    return QueueFull(text, hint=hint, limit=limit, retry_after_s=_RETRY_AFTER_S)
+
+
 class Scheduler:
     """Plans steps for one engine. See the module docstring; drive it as `base` says.
 
@@ -63,7 +68,8 @@ class Scheduler:
         self._requests: dict[int, list[Sequence]] = {}  # unfinished answers by request id
         self._held: dict[int, list[Sequence]] = {}  # answers 1.. by key of an answer 0 not ready
         self._num_held = 0
-        self._num_new = 0  # requests that have never run: what the queue bound counts
+        self._num_new = 0  # requests that have never run, and the tokens of their prompts:
+        self._num_new_tokens = 0  # what the bounds of the queue count
         self._free_rows = list(range(config.max_num_seqs))  # heap
         self._in_flight: deque[StepPlan] = deque()
         self._num_departing = 0
@@ -92,17 +98,11 @@ class Scheduler:
 
         Raises:
             InvalidRequest: It can never run here; the message has the numbers.
-            QueueFull: `max_queued_requests` are waiting, beside those that free rows will take.
+            QueueFull: `max_queued_requests` are waiting, beside those that free rows will take, or
+                prompts of more than `max_queued_tokens` together would be.
         """
         self._validate(request)
-        limit = self._config.max_queued_requests
-        if self._num_new >= limit + len(self._free_rows):
-            raise QueueFull(
-                f"{limit} requests are waiting, which is the limit",
-                hint="retry after a pause, or raise max_queued_requests",
-                limit=limit,
-                retry_after_s=_RETRY_AFTER_S,
-            )
+        self._check_room(request)
         due_ns = now_ns + int(request.priority * self._config.priority_aging_s * 1e9)
         sequences = []
         for index in range(request.sampling.n):
@@ -113,7 +113,7 @@ class Scheduler:
         first, *siblings = sequences
         self._requests[request.id] = sequences
         self._queue.push(first)
-        self._num_new += 1
+        self._count_new(first, 1)
         if siblings:
             for sibling in siblings:
                 sibling.parent = first
@@ -219,6 +219,23 @@ class Scheduler:
                 limit=limit,
             )
 
+    def _check_room(self, request: EngineRequest) -> None:
+        limit = self._config.max_queued_requests
+        if self._num_new >= limit + len(self._free_rows):
+            text = f"{limit} requests are waiting, which is the limit"
+            raise _queue_full(text, "max_queued_requests", limit)
+        limit, num_prompt = self._config.max_queued_tokens, len(request.prompt_token_ids)
+        # A prompt longer than the limit may wait alone: no retry would shorten it.
+        if self._num_new and self._num_new_tokens + num_prompt > limit:
+            text = f"{self._num_new_tokens} prompt tokens wait, {num_prompt} more exceed the limit"
+            raise _queue_full(f"{text} of {limit}", "max_queued_tokens", limit)
+
+    def _count_new(self, sequence: Sequence, change: int) -> None:
+        """`sequence` begins to wait (1), or starts or ends (-1); only the first answer counts."""
+        if sequence.index == 0:
+            self._num_new += change
+            self._num_new_tokens += change * sequence.num_prompt
+
     def _plan_next_tokens(self, draft: Draft) -> list[Sequence]:
         """Plan one token for each running sequence that needs one; return those that need more."""
         prefills: list[Sequence] = []
@@ -266,7 +283,7 @@ class Scheduler:
             self._queue.pop()
             if not sequence.num_preemptions:
                 sequence.first_scheduled_ns = now_ns
-                self._num_new -= sequence.index == 0
+                self._count_new(sequence, -1)
             insort(self._running, sequence, key=_order)
             draft.admitted.append(sequence)
             draft.add_chunk(sequence)
@@ -281,6 +298,8 @@ class Scheduler:
         if not self._kv.reserve(sequence.key, len(sequence.token_ids)):
             self._kv.free(sequence.key)
             return False
+        if sequence.token_ids is sequence.request.prompt_token_ids:
+            sequence.token_ids = sequence.token_ids.copy()
         sequence.row = heapq.heappop(self._free_rows)
         sequence.state = State.RUNNING
         sequence.num_computed = sequence.num_launched = num_cached
@@ -399,7 +418,8 @@ class Scheduler:
             self._num_held -= 1
             return
         self._queue.discard()
-        self._num_new -= sequence.index == 0 and not sequence.num_preemptions
+        if not sequence.num_preemptions:
+            self._count_new(sequence, -1)
 
     def _let_siblings_go(self, first: Sequence) -> None:
         """Queue the answers that waited for answer 0, `first`: its prompt is there, or never will be."""

@@ -46,7 +46,8 @@ class Sequence:
         """Unique among live sequences; names it to the KV manager."""
         self.request = request
         self.index = index
-        self.token_ids = list(request.prompt_token_ids)
+        self.token_ids = request.prompt_token_ids
+        """All answers share the list of the request until they start, and write into their own."""
         self.num_prompt = len(self.token_ids)
         self.num_computed = 0
         """Tokens whose keys and values are committed: their step has finished."""
