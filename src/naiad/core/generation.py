@@ -12,6 +12,7 @@ from typing import Annotated, Any, Protocol
 import msgspec
 from msgspec import Meta
 
+from naiad.core.errors import InvalidRequest
 from naiad.core.model import ModelMetadata
 
 MAX_LOGPROBS = 20
@@ -19,6 +20,8 @@ MAX_CHOICES = 128
 MAX_STOPS = 64
 MAX_STOP_BYTES = 16 * 1024
 MAX_INT = 2**31 - 1
+MAX_PRIORITY = 100
+"""Either way; a queue that ages by 10 s makes the widest gap up in 33 minutes."""
 
 Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
@@ -47,7 +50,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Keep tokens at least this likely relative to the most likely one."""
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100.0)] | None = None
     """Divide (or multiply, when negative) the logits of tokens in prompt or answer; 1: off."""
     logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]] = {}
     """Added to the logits of these token ids."""
@@ -100,8 +103,17 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """For logs and the client; unique per server is enough, uniqueness is not required."""
     prompt: TextPrompt | TokensPrompt | ChatPrompt
     sampling: SamplingParams = SamplingParams()
-    priority: int = 0
-    """Lower runs first; equal priorities in order of arrival."""
+    priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    """Lower runs first; equal priorities in order of arrival. One less is worth 10 s of waiting, so
+    that nobody waits forever."""
+
+    def __post_init__(self) -> None:
+        # Protocols make requests in Python, where msgspec checks no range.
+        if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
+            raise InvalidRequest(
+                f"priority {self.priority} is not in the range -{MAX_PRIORITY} to {MAX_PRIORITY}",
+                hint="lower runs first, 0 is usual",
+            )
 
 
 class FinishReason(enum.StrEnum):

@@ -44,6 +44,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     prompt_token_ids: list[int]
     sampling: EngineSampling
     priority: int = 0
+    """Lower runs first, -100 to 100."""
     arrival_ns: int
     """`time.monotonic_ns` of the client; one host, one clock."""
 
