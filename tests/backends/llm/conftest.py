@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from naiad.backends.llm.client import EngineClient, Progress, Supervision
+from naiad.backends.llm.client import EngineClient, Supervision
+from naiad.backends.llm.link import Progress
 from naiad.backends.llm.model import EngineLanguageModel, load_language_model
 from naiad.engine.config import EngineConfig
 from tests.backends.llm import fake_engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -166,6 +167,40 @@ async def test_it_comes_back_once_what_killed_it_is_mended(make_client: MakeClie
     await (await waiting).first()
 
 
+async def test_a_start_that_the_system_refuses_is_a_failed_start(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await make_client(
+        supervision=Supervision(first_backoff_s=0.01, max_quick_deaths=1000), exit_token=FATAL
+    )
+    refusals = [BlockingIOError(11, "no process left"), OSError(24, "too many open files")]
+
+    def refuse_twice(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        if refusals:
+            raise refusals.pop()
+        return real(*arguments, **options)
+
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", refuse_twice)
+    await (await send(client, [FATAL])).failure()
+
+    await (await send(client, [5])).first()
+
+    assert refusals == []
+    assert client.num_restarts == 1
+
+
+async def test_a_first_start_that_the_system_refuses_says_why(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: Any, **_options: Any) -> None:
+        raise BlockingIOError(11, "no process left")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(Unavailable, match=r"cannot be started: .*no process left"):
+        await make_client()
+
+
 async def test_waiting_for_a_restart_has_a_bound(make_client: MakeClient) -> None:
     client = await make_client(
         supervision=Supervision(restart_wait_s=0.05, first_backoff_s=30), exit_token=FATAL
@@ -203,6 +238,39 @@ async def test_an_engine_that_is_silent_for_too_long_is_sent_nothing_more(
 
     with pytest.raises(Unavailable, match="no step for 0 s"):
         await send(client, [5])
+
+
+async def test_a_stalled_engine_is_killed_its_requests_fail_and_another_serves(
+    make_client: MakeClient,
+) -> None:
+    client = await make_client(
+        supervision=Supervision(stall_timeout_s=0.3, exit_grace_s=0.1), hang_token=HANGING
+    )
+    pid = client.pid
+    assert pid is not None
+    hanging = [await send(client, [HANGING]) for _ in range(2)]
+
+    for reader in hanging:
+        error = await reader.failure()
+        assert isinstance(error, Unavailable)
+        assert "no step for 0.3 s" in str(error)
+        assert error.facts["retry_after_s"] >= 1
+    await (await send(client, [5])).first()
+
+    assert client.num_restarts == 1
+    assert not psutil.pid_exists(pid)
+
+
+async def test_an_engine_that_reports_steps_is_never_taken_for_stalled(
+    make_client: MakeClient,
+) -> None:
+    client = await make_client(supervision=Supervision(stall_timeout_s=0.3), step_s=0.05)
+    reader = await send(client, [5], max_tokens=16)
+
+    await reader.until(lambda: len(reader.outputs) == 16)
+
+    assert client.num_restarts == 0
+    assert reader.error is None
 
 
 async def test_a_hung_engine_is_killed_when_the_client_closes(make_client: MakeClient) -> None:

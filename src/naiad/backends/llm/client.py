@@ -6,7 +6,8 @@ lives on one event loop. Spawning ties the engine's life to the calling thread (
 
 States: STARTING (the first load), READY, RESTARTING (died; a new process loads, requests wait a
 bounded time), FAILED (died too often in a row, stays down), CLOSED. A request in flight when the
-engine dies fails at once; it is never sent again, because it may be what killed the engine.
+engine dies fails at once; it is never sent again, because it may be what killed the engine. An
+engine that has work and stays silent is killed, and then has died like any other.
 """
 
 from __future__ import annotations
@@ -16,11 +17,7 @@ import contextlib
 import enum
 import itertools
 import logging
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,14 +25,8 @@ from typing import Protocol
 
 import msgspec
 
-from naiad.core.errors import (
-    InternalError,
-    InvalidModel,
-    InvalidRequest,
-    NaiadError,
-    QueueFull,
-    Unavailable,
-)
+from naiad.backends.llm.link import ENGINE_COMMAND, EngineLink, Progress
+from naiad.core.errors import InternalError, NaiadError, QueueFull, Unavailable
 from naiad.engine.config import EngineConfig, PositiveInt
 from naiad.engine.messages import (
     Cancel,
@@ -44,18 +35,16 @@ from naiad.engine.messages import (
     EngineRequest,
     EngineStats,
     FromEngine,
-    Loading,
     Ready,
     SequenceOutput,
     StepOutputs,
 )
-from naiad.engine.transport import FrameProtocol
 
 logger = logging.getLogger(__name__)
 
 _DEATH_GRACE_S = 1.0
 """How long a process that has closed its socket may take to end, before it is killed."""
-ENGINE_COMMAND = (sys.executable, "-P", "-m", "naiad.engine.process")
+_MIN_WATCH_S = 0.01
 
 
 class Supervision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,7 +53,7 @@ class Supervision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     restart_wait_s: float = 30.0
     """How long a request waits for a restarting engine before it is refused."""
     stall_timeout_s: float = 120.0
-    """An engine that has work and reports no step for this long is not ready."""
+    """An engine that has work and reports no step for this long is ended and started again."""
     max_quick_deaths: PositiveInt = 5
     """Deaths in a row, each within `quick_death_s` of being ready, after which it stays down."""
     quick_death_s: float = 60.0
@@ -98,9 +87,6 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
-Progress = Callable[[float, str], None]
-
-
 class EngineClient:
     """One engine process and the requests it is working on.
 
@@ -130,7 +116,7 @@ class EngineClient:
         self._command = tuple(command)
         self._state = State.STARTING
         self._info: Ready | None = None
-        self._link: _Link | None = None
+        self._link: EngineLink | None = None
         self._sinks: dict[int, Sink] = {}
         self._ids = itertools.count(1)
         self._num_waiting_restart = 0
@@ -213,8 +199,8 @@ class EngineClient:
             await self._wait_ready()
         if self.is_stalled():
             raise Unavailable(
-                f"the engine has reported no step for {self._supervision.stall_timeout_s:g} s",
-                hint="retry on another replica, or restart this one",
+                self._stall_text(),
+                hint="retry on another replica, or later: the engine is restarted",
                 retry_after_s=self._retry_after_s(),
             )
         self._check_bound(len(self._sinks))
@@ -315,25 +301,51 @@ class EngineClient:
         if self._on_step is not None:
             self._on_step(message, now_ns)
 
-    def _on_lost(self, link: _Link, exc: Exception | None) -> None:
+    def _on_lost(self, link: EngineLink, exc: Exception | None) -> None:
         """The ready engine's socket closed."""
         if link is not self._link:
             return
+        reason = f" ({exc})" if exc is not None else ""
+        self._restart_instead_of(
+            link, f"died{reason}", "the engine process died while it worked on this request"
+        )
+
+    def _watch(self, link: EngineLink, silent_since_ns: int = 0) -> None:
+        """Time and again while `link` is the engine's: end an engine that is stalled.
+
+        Only on the second look: after a pause of this process, what the engine has sent may not
+        have been read yet.
+        """
+        if link is not self._link:
+            return
+        if self.is_stalled():
+            if silent_since_ns == self._heard_ns:
+                link.process.kill()
+                self._restart_instead_of(link, "stalled", self._stall_text())
+                return
+            silent_since_ns = self._heard_ns
+        pause_s = max(self._supervision.stall_timeout_s / 4, _MIN_WATCH_S)
+        asyncio.get_running_loop().call_later(pause_s, self._watch, link, silent_since_ns)
+
+    def _stall_text(self) -> str:
+        return f"the engine has reported no step for {self._supervision.stall_timeout_s:g} s"
+
+    def _restart_instead_of(self, link: EngineLink, what: str, told: str) -> None:
+        """Fail every request with `told`, reap the process and start another."""
         self._link = None
         self.stats = EngineStats()
         quick = time.monotonic_ns() - self._ready_ns < self._supervision.quick_death_s * 1e9
         self._num_quick_deaths = self._num_quick_deaths + 1 if quick else 1
         self._set_state(State.RESTARTING)
-        reason = f" ({exc})" if exc is not None else ""
         logger.error(
-            "engine process %d died%s with %d requests in flight; restarting",
+            "engine process %d %s with %d requests in flight; restarting",
             link.process.pid,
-            reason,
+            what,
             len(self._sinks),
         )
         self._fail_in_flight(
             Unavailable(
-                "the engine process died while it worked on this request",
+                told,
                 hint="retry; the engine is being restarted",
                 retry_after_s=self._retry_after_s(),
             )
@@ -352,9 +364,10 @@ class EngineClient:
                 await asyncio.sleep(min(pause_s, supervision.max_backoff_s))
             try:
                 await self._launch()
-            except NaiadError as error:
+            except Exception as error:  # noqa: BLE001 - or requests would wait for it for ever
                 self._num_quick_deaths += 1
-                logger.error("engine process did not come back: %s", error.explain())
+                reason = error.explain() if isinstance(error, NaiadError) else repr(error)
+                logger.error("engine process did not come back: %s", reason)
             else:
                 self.num_restarts += 1
                 logger.warning("engine process is back after %.1f s", self._load_s)
@@ -367,7 +380,7 @@ class EngineClient:
     async def _launch(self) -> None:
         """Spawn, configure and wait for `Ready`; then route messages to the requests."""
         began_ns = time.monotonic_ns()
-        link = self._link = await _Link.spawn(self._command)
+        link = self._link = await EngineLink.spawn(self._command)
         try:
             self._info = await link.load(self._configure, self._progress)
             if link.is_lost:
@@ -382,6 +395,7 @@ class EngineClient:
         self._ready_ns = self._heard_ns = time.monotonic_ns()
         self._load_s = (self._ready_ns - began_ns) / 1e9
         self._set_state(State.READY)
+        self._watch(link)
 
     def _set_state(self, state: State) -> None:
         self._state = state
@@ -389,89 +403,6 @@ class EngineClient:
             self._ready.clear()
         else:
             self._ready.set()
-
-
-class _Link:
-    """One child process and its socket. While it loads, its messages decide `load`'s outcome."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process = process
-        self.protocol: FrameProtocol[FromEngine] = FrameProtocol(
-            FromEngine, self._message, self._lost
-        )
-        self.on_message: Callable[[FromEngine], None] = self._loading_message
-        self.on_lost: Callable[[_Link, Exception | None], None] = _Link._loading_lost
-        self.is_lost = False
-        self._loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
-        self._progress: Progress | None = None
-
-    @staticmethod
-    async def spawn(command: Sequence[str]) -> _Link:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            with theirs:
-                process = subprocess.Popen(  # noqa: ASYNC220, S603 - ms; must be this thread
-                    [*command, str(theirs.fileno()), str(os.getpid())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                )
-            link = _Link(process)
-            loop = asyncio.get_running_loop()
-            await loop.create_unix_connection(lambda: link.protocol, sock=ours)
-        except BaseException:
-            ours.close()
-            raise
-        return link
-
-    async def load(self, configure: Configure, progress: Progress | None) -> Ready:
-        self._progress = progress
-        self.protocol.send(configure)
-        return await self._loaded
-
-    async def end(self, grace_s: float) -> int:
-        """Close the socket, which ends the process; kill it after `grace_s`; reap it."""
-        self.protocol.abort()
-        return await asyncio.to_thread(self._reap, grace_s)
-
-    def _reap(self, grace_s: float) -> int:
-        try:
-            return self.process.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
-
-    def _message(self, message: FromEngine) -> None:
-        self.on_message(message)
-
-    def _lost(self, exc: Exception | None) -> None:
-        self.is_lost = True
-        self.on_lost(self, exc)
-
-    def _loading_message(self, message: FromEngine) -> None:
-        if isinstance(message, Loading):
-            if self._progress is not None:
-                self._progress(message.fraction, message.text)
-        elif not self._loaded.done():
-            if isinstance(message, Ready):
-                self._loaded.set_result(message)
-            elif isinstance(message, Died):
-                self._loaded.set_exception(_load_error(message))
-
-    def _loading_lost(self, exc: Exception | None) -> None:
-        if not self._loaded.done():
-            error = Unavailable(
-                "the engine process died while loading", hint="see its output above"
-            )
-            error.__cause__ = exc
-            self._loaded.set_exception(error)
-
-
-def _load_error(message: Died) -> NaiadError:
-    """What was invalid while loading is the checkpoint, not a request."""
-    error = message.error.to_error()
-    if isinstance(error, InvalidRequest):
-        return InvalidModel(str(error), hint=error.hint, **error.facts)
-    return error
 
 
 def _ending(code: int) -> str:

@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from naiad.backends.llm.client import DEFAULT_SUPERVISION, EngineClient, Progress, Supervision
+from naiad.backends.llm.client import DEFAULT_SUPERVISION, EngineClient, Supervision
+from naiad.backends.llm.link import Progress
 from naiad.backends.llm.metrics import EngineMetrics
 from naiad.backends.llm.requests import (
     Answer,
