@@ -28,6 +28,9 @@ TUNING_ROUNDS = 6
 QUERY_BLOCK = 128
 """Query tokens of one prefill attention block: scores stay in cache, few masked places computed."""
 
+FRESH_TOKENS = 256
+"""Prompts up to this long attend together; at least `QUERY_BLOCK`."""
+
 GROUP_OVERHEAD_BYTES = 400_000
 """Reading this many bytes of keys and values costs as much as one more batched product."""
 
@@ -220,6 +223,25 @@ def decode_groups(rows: Sequence[RowSpan], overhead_places: int) -> list[DecodeG
     return groups
 
 
+def fresh_groups(rows: Sequence[RowSpan]) -> tuple[list[list[RowSpan]], list[RowSpan]]:
+    """Put short prompts that begin in this step together, as long as padding wastes little.
+
+    Returns:
+        Groups of two or more rows without earlier context, and the rows left to go alone.
+    """
+    groups: list[list[RowSpan]] = []
+    alone: list[RowSpan] = []
+    short = [row for row in rows if row.num_tokens == row.context_tokens <= FRESH_TOKENS]
+    alone += [row for row in rows if not row.num_tokens == row.context_tokens <= FRESH_TOKENS]
+    for row in sorted(short, key=lambda row: -row.num_tokens):
+        if groups and row.num_tokens * 4 >= groups[-1][0].num_tokens * 3:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    alone += [group[0] for group in groups if len(group) == 1]
+    return [group for group in groups if len(group) > 1], alone
+
+
 @dataclass(slots=True)
 class SlotPlan:
     """One step's attention over slots, shared by all layers of a spec."""
@@ -229,6 +251,10 @@ class SlotPlan:
     sin: torch.Tensor | None
     groups: list[DecodeGroup]
     prefills: list[RowSpan]
+    """All rows of more than one token."""
+    fresh: list[list[RowSpan]]
+    alone: list[RowSpan]
+    """The same rows, by how they attend."""
 
 
 class CpuRopeWriteAttend:
@@ -248,7 +274,7 @@ class CpuRopeWriteAttend:
         self._per_kv_head = spec.num_heads // spec.num_kv_heads
         self._padded_heads = -(-self._per_kv_head // 4) * 4 if self._per_kv_head > 1 else 1
         self._overhead_places = GROUP_OVERHEAD_BYTES // (2 * spec.kv_size * to.dtype.itemsize)
-        future = torch.full((QUERY_BLOCK, QUERY_BLOCK), float("-inf"), dtype=to.dtype).triu(1)
+        future = torch.full((FRESH_TOKENS, FRESH_TOKENS), float("-inf"), dtype=to.dtype).triu(1)
         self._future = future[:, None, :]
 
     @classmethod
@@ -264,7 +290,8 @@ class CpuRopeWriteAttend:
         for group in groups:
             places = self._places_read(group, batch.block_places)
             group.mask = self._mask(decode[group.first : group.last], places)
-        return SlotPlan(batch, cos, sin, groups, batch.rows[batch.num_decode_rows :])
+        prefills = batch.rows[batch.num_decode_rows :]
+        return SlotPlan(batch, cos, sin, groups, prefills, *fresh_groups(prefills))
 
     def _places_read(self, group: DecodeGroup, block_places: int) -> int:
         """Whole slots if that wastes less than cutting them off would copy."""
@@ -300,11 +327,15 @@ class CpuRopeWriteAttend:
         out[num_tokens:] = 0
         for group in step.groups:
             out[group.first : group.last] = self._decode(q[group.first : group.last], cache, group)
-        for row in step.prefills:
-            if not sampled_only:
-                self._prefill(q, cache, row, out, 0)
-            elif row.samples:
-                self._prefill(q, cache, row, out, row.num_tokens - 1)
+        if sampled_only:
+            for row in step.prefills:
+                if row.samples:
+                    self._prefill(q, cache, row, out, row.num_tokens - 1)
+            return out
+        for rows in step.fresh:
+            self._fresh(tokens, rows, out)
+        for row in step.alone:
+            self._prefill(q, cache, row, out, 0)
         return out
 
     def _write(self, tokens: torch.Tensor, cache: torch.Tensor, step: SlotPlan) -> None:
@@ -335,13 +366,36 @@ class CpuRopeWriteAttend:
             return mixed.reshape(rows, spec.q_size)
         keys, values = slots.flatten(1, 2)
         heads, padded = rows * spec.num_kv_heads, self._padded_heads
-        queries = q.new_zeros(heads, padded, spec.head_dim)  # products of 4 rows take less than of 3
+        queries = q.new_zeros(
+            heads, padded, spec.head_dim
+        )  # products of 4 rows take less than of 3
         torch.mul(q.reshape(heads, per_head, -1), spec.scale, out=queries[:, :per_head])
         scores = torch.bmm(queries, keys.mT)
         if group.mask is not None:
             scores.view(rows, spec.num_kv_heads, padded, places).add_(group.mask)
         mixed = torch.bmm(scores.softmax(-1), values)
         return mixed[:, :per_head].reshape(rows, spec.q_size)
+
+    def _fresh(self, tokens: torch.Tensor, rows: Sequence[RowSpan], out: torch.Tensor) -> None:
+        """Attention of prompts without earlier context, padded to the longest, in two products.
+
+        Padding is at the end, where no token of the prompt looks.
+        """
+        spec, per_head, count = self._spec, self._per_kv_head, rows[0].num_tokens
+        padded = tokens.new_zeros(len(rows), count, spec.qkv_size)
+        for place, row in zip(padded, rows, strict=True):
+            place[: row.num_tokens] = tokens[row.first : row.first + row.num_tokens]
+        q, k, v = (
+            part.unflatten(2, (spec.num_kv_heads, -1, spec.head_dim)).transpose(1, 2).flatten(2, 3)
+            for part in padded.split([spec.q_size, spec.kv_size, spec.kv_size], dim=2)
+        )
+        scores = torch.bmm(q.flatten(0, 1).mul_(spec.scale), k.flatten(0, 1).mT)
+        scores.view(-1, count, per_head, count).add_(self._future[:count, :, :count])
+        mixed = torch.bmm(scores.softmax(-1), v.flatten(0, 1))
+        heads = mixed.view(len(rows), spec.num_kv_heads, count, per_head * spec.head_dim)
+        for row, place in zip(rows, heads.transpose(1, 2), strict=True):
+            target = out[row.first : row.first + row.num_tokens]
+            target.view(row.num_tokens, spec.num_kv_heads, -1).copy_(place[: row.num_tokens])
 
     def _prefill(
         self, q: torch.Tensor, cache: torch.Tensor, row: RowSpan, out: torch.Tensor, skip: int
