@@ -47,6 +47,7 @@ SHAPES: dict[str, list[str]] = {
 CALM_SHARE = 0.04
 """Others may use this much of the machine during a timing."""
 CALM_TRIES = 6
+WORKER_TIMEOUT_S = 600
 
 VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
