@@ -218,7 +218,13 @@ def spawn(engine: str, python: str, path: str, repeats: int) -> dict[str, Any] |
     if engine == "vllm":
         environment.update(VLLM_ENVIRONMENT)
     command = [python, __file__, "--worker", engine, "--model", path, "--repeats", str(repeats)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=WORKER_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        print(f"{engine} took more than {WORKER_TIMEOUT_S} s", file=sys.stderr)
+        return None
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
