@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import numpy as np
 import pytest
 
-from naiad.backends.scripted import ScriptedLanguageModel
+from naiad.backends.scripted import ScriptedLanguageModel, wait_at
 from naiad.core.errors import InvalidRequest, Unsupported
 from naiad.core.model import InferRequest, InferResponse, RequestedOutput
 from naiad.core.tensor import DataType, Tensor
@@ -105,13 +106,13 @@ async def test_vllm_sampling_comes_as_json_or_as_parameters(model: ScriptedLangu
     options = {"temperature": "0.5", "top_k": 3, "max_tokens": "2", "ignore_eos": "true"}
     await infer(model, {"text_input": "a", "sampling_parameters": json.dumps(options)})
     await infer(model, {"text_input": "a"}, options)
-    await infer(model, {"text_input": "a"}, {"priority": 4, "binary_data_output": True})
+    await infer(model, {"text_input": "a"}, {"priority": 0, "binary_data_output": True})
 
     first, second, third = model.requests
     assert first.sampling == second.sampling
     assert (first.sampling.temperature, first.sampling.max_tokens) == (0.5, 2)
     assert first.sampling.ignore_eos
-    assert (third.sampling.max_tokens, third.priority) == (16, 4)
+    assert (third.sampling.max_tokens, third.priority) == (16, 0)
 
 
 async def test_the_ensembles_tensors_are_sampling_parameters(model: ScriptedLanguageModel) -> None:
@@ -160,6 +161,7 @@ async def test_the_ensembles_tensors_are_sampling_parameters(model: ScriptedLang
         ("guided_decoding_guide", "{}"),
         ("sampling_parameters", '{"lora_name":"x"}'),
         ("sampling_parameters", '{"best_of":3}'),
+        ("sampling_parameters", '{"prompt_logprobs":1}'),
     ],
 )
 async def test_what_is_not_done_is_refused(
@@ -184,6 +186,7 @@ async def test_what_is_not_done_is_refused(
             "given twice",
         ),
         ({"text_input": b"\xff"}, {}, "not UTF-8"),
+        ({"text_input": "a"}, {"priority": -1}, "priority"),
     ],
 )
 async def test_what_is_wrong_is_named(
@@ -206,3 +209,24 @@ async def test_a_wrong_datatype_is_named(model: ScriptedLanguageModel) -> None:
     request = InferRequest(model_name="m", inputs=(tensor("text_input", "a"), wrong))
     with pytest.raises(InvalidRequest, match="data-type is 'FP32'"):
         await anext(infer_text(model, request))
+
+
+async def test_priority_one_is_the_highest_and_zero_the_default() -> None:
+    go_on = asyncio.Event()
+    model = ScriptedLanguageModel(SCRIPT, max_running=1, before_token=wait_at(0, go_on))
+    order: list[int] = []
+
+    async def ask(priority: int) -> None:
+        await infer(model, {"text_input": "a"}, {"priority": priority})
+        order.append(priority)
+
+    given = [2**63, 0, 3, 1, 100, 2, 7, 101]
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(ask(7))
+        await model.until(lambda: model.num_running == 1)
+        for number, priority in enumerate(given, 1):
+            tasks.create_task(ask(priority))
+            await model.until(lambda number=number: model.num_waiting == number)  # type: ignore[misc]
+        go_on.set()
+
+    assert order == [7, 1, 2, 3, 7, 100, 2**63, 0, 101]

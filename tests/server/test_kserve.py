@@ -230,3 +230,38 @@ async def test_statistics_count_text_and_tensors_alike(start: Start) -> None:
 async def test_metrics_can_be_off(start: Start) -> None:
     async with start(allow_metrics=False) as running:
         assert (await running.http.get("/metrics")).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"outputs": [{"name": "OUTPUT0", "parameters": {"binary": True}}]}, "'binary'"),
+        ({"outputs": [{"name": "OUTPUT0", "parameters": {"binary_data": 1}}]}, "binary_data"),
+        ({"parameters": {"binary_data_output": "yes"}}, "binary_data_output"),
+    ],
+)
+async def test_an_outputs_parameters_are_known_and_of_their_type(
+    start: Start, fields: dict[str, Any], message: str
+) -> None:
+    async with start(IdentityModel()) as running:
+        body = {"inputs": [tensor("FP32", [1, 1], [0.5])], **fields}
+        reply = await running.post("/v2/models/identity/infer", body)
+
+    assert reply.status_code == 400
+    assert message in reply.json()["error"]
+
+
+async def test_who_asks_for_binary_outputs_gets_json(start: Start) -> None:
+    """The server does not offer `binary_tensor_data`; Triton's clients read what comes."""
+    async with start(IdentityModel()) as running:
+        body = {
+            "inputs": [tensor("FP32", [1, 1], [0.5])],
+            "outputs": [{"name": "OUTPUT0", "parameters": {"binary_data": True}}],
+            "parameters": {"binary_data_output": True},
+        }
+        reply = await running.post("/v2/models/identity/infer", body)
+        offered = (await running.http.get("/v2")).json()["extensions"]
+
+    assert reply.json()["outputs"][0]["data"] == [0.5]
+    assert "inference-header-content-length" not in reply.headers
+    assert "binary_tensor_data" not in offered

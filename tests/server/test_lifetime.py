@@ -250,6 +250,16 @@ async def test_a_taken_port_says_which_flag_moves_it(start: Start) -> None:
     assert "--metrics-port" in caught.value.hint
 
 
+async def test_models_are_closed_when_a_port_is_taken(start: Start) -> None:
+    model = ScriptedLanguageModel(SCRIPT)
+    async with start() as running:
+        taken = ServerSettings(http_address="127.0.0.1", http_port=running.server.port)
+        with pytest.raises(InvalidSettings):
+            await serve([model], taken)
+
+    assert model.closed
+
+
 async def test_two_hundred_streams_at_once_all_end_whole(start: Start) -> None:
     async with start() as running:
         replies = await asyncio.gather(

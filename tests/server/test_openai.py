@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import openai
 import pytest
 
 from naiad.backends.identity import IdentityModel
 from naiad.backends.scripted import ScriptedLanguageModel, fail_at
 from naiad.core.errors import InternalError, Unavailable
-from naiad.core.generation import ChatPrompt, TextPrompt, TokensPrompt
+from naiad.core.generation import (
+    ChatPrompt,
+    GenerateDelta,
+    GenerateRequest,
+    TextPrompt,
+    TokensPrompt,
+)
 from tests.server.asgi import call, make_app
 from tests.server.conftest import SCRIPT, Start
 
 TEXT = "".join(SCRIPT)
+encode = msgspec.json.encode
 ASK: Any = [{"role": "user", "content": "Tell me a story"}]
 
 
@@ -51,6 +60,25 @@ async def test_a_chat_answers_in_one_piece(start: Start) -> None:
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + 3
     assert reply.usage.prompt_tokens_details is not None
     assert reply.usage.prompt_tokens_details.cached_tokens == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_cached_tokens_are_counted_once_per_prompt(path: str) -> None:
+    class Caching(ScriptedLanguageModel):
+        async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateDelta]:
+            async for delta in super().generate(request):
+                if delta.prompt is None:
+                    yield delta
+                    continue
+                prompt = msgspec.structs.replace(delta.prompt, num_cached_tokens=2)
+                yield msgspec.structs.replace(delta, prompt=prompt)
+
+    body = {"model": "scripted", "n": 3, "max_tokens": 1}
+    body |= {"messages": ASK} if "chat" in path else {"prompt": ["a b c", "d e f g"]}
+    reply = json.loads((await call(make_app(Caching(SCRIPT)), "POST", path, encode(body))).text)
+
+    cached = 2 if "chat" in path else 4
+    assert reply["usage"]["prompt_tokens_details"] == {"cached_tokens": cached}
 
 
 async def test_chat_without_a_limit_uses_the_context_and_completion_sixteen() -> None:
@@ -209,6 +237,9 @@ async def test_text_parts_are_joined_and_other_parts_refused(start: Start) -> No
         {"truncate_prompt_tokens": 4},
         {"chat_template": "{{x}}"},
         {"add_special_tokens": True},
+        {"cache_salt": "mine"},
+        {"return_token_ids": True},
+        {"reasoning_effort": "high"},
     ],
 )
 async def test_what_is_not_done_is_refused_with_a_reason(extra: dict[str, Any]) -> None:
@@ -226,6 +257,7 @@ async def test_what_is_not_done_is_refused_with_a_reason(extra: dict[str, Any]) 
         {"response_format": {"type": "text"}},
         {"best_of": 1, "echo": False, "suffix": None},
         {"modalities": ["text"], "use_beam_search": False, "detokenize": True},
+        {"cache_salt": "", "return_token_ids": False, "reasoning_effort": "none"},
     ],
 )
 async def test_values_that_ask_for_nothing_pass(extra: dict[str, Any]) -> None:

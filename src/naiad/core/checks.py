@@ -1,4 +1,6 @@
-"""Does a request fit what a model says of itself? Every model's `infer` asks this first.
+"""Does a request fit what a model says of itself? Models whose inputs are all required ask first.
+
+Text models read their many optional inputs themselves (`core.text_tensors`).
 
 The messages have the shape that Triton's clients and tests look for. Values are not looked at, only
 names, datatypes and shapes; sizes were checked when the tensor was decoded.

@@ -37,10 +37,6 @@ class InferRequest(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     outputs: tuple[RequestedOutput, ...] = ()
     parameters: dict[str, Parameter] = {}
 
-    def input(self, name: str) -> Tensor | None:
-        """The input called `name`, or None."""
-        return next((tensor for tensor in self.inputs if tensor.name == name), None)
-
 
 class InferUsage(msgspec.Struct, frozen=True, kw_only=True):
     """What one request took, as its model measured it; statistics and the access log read it."""

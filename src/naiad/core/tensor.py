@@ -1,6 +1,6 @@
 """Datatypes and tensors of the KServe v2 protocol, as every protocol and backend sees them.
 
-Owns the names, sizes and numpy equivalents of the datatypes, and the `Tensor` record. Encoding to
+Owns the names and numpy equivalents of the datatypes, and the `Tensor` record. Encoding to
 JSON or bytes belongs to the protocol that does it.
 """
 
@@ -37,11 +37,6 @@ class DataType(enum.StrEnum):
     def numpy(self) -> np.dtype[np.generic]:
         """The numpy dtype that holds it: object (of `bytes`) for BYTES, the raw uint16 for BF16."""
         return _NUMPY[self]
-
-    @property
-    def num_bytes(self) -> int | None:
-        """Size of one element in bytes; None for BYTES, whose elements vary."""
-        return None if self is DataType.BYTES else _NUMPY[self].itemsize
 
     @staticmethod
     def of(array: npt.NDArray[np.generic]) -> DataType:

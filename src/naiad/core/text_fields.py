@@ -137,6 +137,11 @@ REFUSED: Mapping[str, Refusal] = {
 }
 """Inputs and parameters that must ask for nothing."""
 
+WITHOUT_OUTPUT: Mapping[str, Refusal] = {
+    "prompt_logprobs": Refusal("no output carries them; /v1/completions does"),
+}
+"""Sampling parameters whose result no output holds."""
+
 SAME_NAME = (
     "max_tokens",
     "min_tokens",

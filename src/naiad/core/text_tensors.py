@@ -8,14 +8,16 @@ Naiad does not do are refused (`core.refusals`). Everything here is on top of `g
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
 from naiad.core.errors import InvalidRequest, Unsupported
 from naiad.core.generation import (
+    MAX_PRIORITY,
     FinishReason,
     GenerateDelta,
     GenerateRequest,
@@ -38,6 +40,7 @@ from naiad.core.text_fields import (
     SCALARS,
     SWITCHES,
     TRANSPORT,
+    WITHOUT_OUTPUT,
 )
 
 DEFAULT_MAX_TOKENS = 16
@@ -119,8 +122,14 @@ def _read(request: InferRequest) -> _Asked:
         prefix="" if exclude else text,
         outputs=tuple(outputs),
         sampling=_sampling(sampling),
-        priority=_convert(values, "priority", int, 0),
+        priority=_priority(values),
     )
+
+
+def _priority(values: dict[str, Any]) -> int:
+    """Triton's: 1 is the most urgent, 0 and what is beyond the last level the default."""
+    priority: int = _convert(values, "priority", Annotated[int, Meta(ge=0)], 0)
+    return priority - MAX_PRIORITY - 1 if 1 <= priority <= MAX_PRIORITY else 0
 
 
 def _collect(request: InferRequest) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -222,6 +231,7 @@ def _sampling(options: dict[str, Any]) -> SamplingParams:
     if best_of is not None and str(best_of) not in ("1", str(options.get("n", 1))):
         raise Unsupported(f"`best_of` {best_of} is not supported: every answer is returned; use n")
     refuse(options, REFUSED_SAMPLING)
+    refuse(options, WITHOUT_OUTPUT)
     known = {name: value for name, value in options.items() if name not in REFUSED_SAMPLING}
     stop = known.get("stop")
     if isinstance(stop, str):
@@ -235,7 +245,7 @@ def _sampling(options: dict[str, Any]) -> SamplingParams:
         raise InvalidRequest(f"sampling parameters: {error}") from None
 
 
-def _convert(values: dict[str, Any], name: str, kind: type[Any], default: Any) -> Any:
+def _convert(values: dict[str, Any], name: str, kind: Any, default: Any) -> Any:
     if name not in values:
         return default
     try:

@@ -105,6 +105,10 @@ class Server:
         _log.info("draining: %d requests are running", self.admission.num_running)
         await self._drain()
         await asyncio.gather(*(front.stop() for front in self._fronts))
+        await self.close_models()
+
+    async def close_models(self) -> None:
+        """Close every model, the last one first."""
         for served in reversed(self.table.served):
             await served.model.close()
 
@@ -138,7 +142,7 @@ async def serve(
     """Serve `models` until SIGTERM or SIGINT; a second one ends running requests at once.
 
     Args:
-        models: Loaded models; closed before this returns.
+        models: Loaded models; closed before this returns or raises.
         settings: Addresses and limits.
         load_s: Seconds that loading took, by model name, where known.
         registry: Where others have registered metrics.
@@ -153,7 +157,11 @@ async def serve(
     for number in _SIGNALS:
         loop.add_signal_handler(number, server.shut_down)
     try:
-        await server.start()
+        try:
+            await server.start()
+        except BaseException:
+            await server.close_models()
+            raise
         if started is not None:
             started(server)
         await server.run()

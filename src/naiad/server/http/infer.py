@@ -1,4 +1,9 @@
-"""`POST /v2/models/{model}/infer`: the JSON form of the KServe v2 protocol."""
+"""`POST /v2/models/{model}/infer`: the JSON form of the KServe v2 protocol.
+
+Binary outputs are an extension that the server does not list: a request that prefers them
+(`binary_data`, `binary_data_output`, which Triton's clients send unasked) gets JSON, and the client
+sees so from the header that is missing.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +43,7 @@ class OutputBody(msgspec.Struct):
 
 
 class InferBody(msgspec.Struct):
-    """The request; keys that are not listed are ignored."""
+    """The request; other keys beside these are ignored, as Triton ignores them."""
 
     inputs: list[InputBody] = []
     id: str = ""
@@ -108,6 +113,7 @@ def decode_infer(data: bytes, model: str, version: str) -> InferRequest:
         raise InvalidRequest("JSON nesting depth exceeds maximum allowed limit (100)") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"failed to parse the request JSON buffer: {error}") from None
+    _check_switch("", "binary_data_output", body.parameters)
     return InferRequest(
         model_name=model,
         model_version=version,
@@ -154,7 +160,15 @@ def _output(body: OutputBody) -> RequestedOutput:
     for name in ("classification", "shared_memory_region"):
         if name in body.parameters:
             raise Unsupported(f"output '{body.name}': {name} is not supported yet")
+    if unknown := body.parameters.keys() - {"binary_data"}:
+        raise InvalidRequest(f"output '{body.name}': unknown parameter '{min(unknown)}'")
+    _check_switch(f"output '{body.name}': ", "binary_data", body.parameters)
     return RequestedOutput(body.name, check_parameters(body.parameters))
+
+
+def _check_switch(where: str, name: str, parameters: Mapping[str, Any]) -> None:
+    if not isinstance(parameters.get(name, False), bool):
+        raise InvalidRequest(f"{where}parameter '{name}' must be true or false")
 
 
 def encode_infer(response: InferResponse) -> bytes:

@@ -45,6 +45,9 @@ REFUSED: Mapping[str, Refusal] = {
     "continue_final_message": Refusal("send the beginning through /v1/completions", (False,)),
     "return_tokens_as_token_ids": Refusal("tokens are returned as text", (False,)),
     "prompt_embeds": Refusal("prompts are text or token ids"),
+    "return_token_ids": Refusal("tokens are returned as text", (False,)),
+    "cache_salt": Refusal("prefixes are shared by all requests, or by none: --no-prefix-cache"),
+    "reasoning_effort": Refusal("the template takes messages only", ("none",)),
     "length_penalty": Refusal("answers are sampled, not beam-searched", (0, 1)),
 }
 _FORMAT_TEXT = {"type": "text"}
