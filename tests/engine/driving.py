@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from naiad.core.clock import Clock, SystemClock
 from naiad.engine.config import EngineConfig
 from naiad.engine.engine import Engine
 from naiad.engine.messages import (
@@ -120,7 +121,13 @@ def drive(engine: Engine, requests: Sequence[tuple[int, EngineRequest]]) -> Answ
     return answers
 
 
-def make_engine(shape: str, setup: Setup, **options: Any) -> Engine:
+def make_engine(
+    shape: str,
+    setup: Setup,
+    *,
+    clock: Clock = SystemClock(),  # noqa: B008 - it has no state
+    **options: Any,
+) -> Engine:
     """An engine on the shape's checkpoint; small pages and no "auto"."""
     defaults: dict[str, Any] = {
         "device": setup.device,
@@ -133,7 +140,8 @@ def make_engine(shape: str, setup: Setup, **options: Any) -> Engine:
         "max_num_seqs": 8,
         "num_threads": torch.get_num_threads(),
     }
-    return Engine(checkpoint(shape, setup.dtype), EngineConfig(**(defaults | options)))
+    config = EngineConfig(**(defaults | options))
+    return Engine(checkpoint(shape, setup.dtype), config, clock=clock)
 
 
 def first_outputs(answers: Answers) -> dict[tuple[int, int], SequenceOutput]:

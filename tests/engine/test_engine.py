@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
 import pytest
 
+from naiad.core.clock import VirtualClock
 from naiad.core.errors import InternalError
 from naiad.engine import admission
 from naiad.engine.engine import Engine
@@ -28,6 +30,7 @@ from tests.engine.driving import (
 )
 
 SHAPE = "llama-gqa"
+SECOND = 10**9
 PAGES, SLOTS = Setup(layout="pages"), Setup(ops="cpu", layout="slots")
 both_layouts = pytest.mark.parametrize("setup", [PAGES, SLOTS], ids=str)
 
@@ -96,6 +99,20 @@ def test_stop_tokens_of_one_row_do_not_stop_another() -> None:
     assert answers.tokens[1, 0] == said
 
 
+@both_layouts
+def test_each_answer_is_drawn_with_its_own_seed(setup: Setup) -> None:
+    engine, prompt = make_engine(SHAPE, setup), tokens_of(0, 20)
+    drawn = greedy(max_tokens=8, temperature=1.0, seed=7)
+
+    together = drive(engine, [(0, request(0, prompt, msgspec.structs.replace(drawn, n=3)))])
+
+    for index in range(3):
+        alone = msgspec.structs.replace(drawn, seed=7 + index)
+        said = drive(engine, [(0, request(0, prompt, alone))]).tokens[0, 0]
+        assert together.tokens[0, index] == said
+    assert len({tuple(said) for said in together.tokens.values()}) == 3
+
+
 def test_times_come_with_the_first_and_the_last_tokens() -> None:
     engine = make_engine(SHAPE, SLOTS)
     answers = drive(engine, [(0, request(0, tokens_of(0, 5), greedy(max_tokens=4, n=2)))])
@@ -161,6 +178,25 @@ def test_waiting_requests_start_by_priority_then_by_arrival() -> None:
         order += [output.id for output in step.outputs if output.finish_reason]
 
     assert order == [0, 5, 2, 4, 3, 1]
+
+
+def test_whoever_has_waited_long_starts_before_a_more_urgent_newcomer() -> None:
+    clock = VirtualClock()
+    engine = make_engine(SHAPE, SLOTS, max_num_seqs=1, clock=clock)
+
+    def submit(number: int, priority: int) -> None:
+        one = request(number, tokens_of(number, 5), greedy(max_tokens=2))
+        engine.submit(msgspec.structs.replace(one, priority=priority))
+
+    submit(0, 0)
+    asyncio.run(clock.advance_to(5 * SECOND))
+    submit(1, -1)  # as if it had come 10 s before
+    asyncio.run(clock.advance_to(11 * SECOND))
+    submit(2, -1)
+    outputs = [output for step in run_out(engine) for output in step.outputs]
+
+    assert [output.id for output in outputs if output.finish_reason] == [1, 0, 2]
+    assert {output.first_token_ns for output in outputs} == {11 * SECOND}
 
 
 @both_layouts

@@ -8,12 +8,12 @@ in a process, `naiad.LLM` calls it directly.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
 
+from naiad.core.clock import Clock, SystemClock
 from naiad.core.errors import InternalError, NaiadError, WireError
 from naiad.engine import admission
 from naiad.engine.batch import RowInput, StepBatch, build_batch
@@ -47,6 +47,7 @@ class Engine:
         path: Checkpoint folder.
         config: How to run it.
         progress: Told how far loading has come, 0 to 1, and what is being done.
+        clock: Stamps arrivals and outputs; the client's times are the host's.
 
     Raises:
         InvalidModel: the checkpoint cannot be run.
@@ -58,6 +59,8 @@ class Engine:
         path: Path,
         config: EngineConfig,
         progress: Progress = lambda fraction, text: None,
+        *,
+        clock: Clock = SystemClock(),  # noqa: B008 - it has no state
     ) -> None:
         loaded = load(path, config, progress)
         self.info = loaded.info
@@ -65,6 +68,7 @@ class Engine:
         self._block_tokens, self._device = loaded.block_tokens, loaded.device
         self._scheduler = Scheduler(loaded.limits, loaded.kv)
         self._rows = RowTable(loaded.limits.max_num_seqs, loaded.vocab_size, loaded.device)
+        self._clock = clock
         self._rejected: list[Rejected] = []
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
         """By request id, one line per prompt token read so far, until answer 0 reports them."""
@@ -76,7 +80,7 @@ class Engine:
         """Queue a request. One that cannot be taken is `Rejected` by the next step."""
         try:
             admission.check(request, self.info.vocab_size)
-            self._scheduler.add(request, time.monotonic_ns())
+            self._scheduler.add(request, self._clock.now_ns())
         except NaiadError as error:
             self._rejected.append(Rejected(request.id, WireError.of(error)))
             return
@@ -105,7 +109,7 @@ class Engine:
         if self._is_broken():
             text = f"{len(self._failures)} steps in a row failed, the last with"
             raise InternalError(f"{text} {self._failures[-1]}")
-        plan = self._scheduler.plan(time.monotonic_ns())
+        plan = self._scheduler.plan(self._clock.now_ns())
         outputs: list[SequenceOutput] = []
         num_tokens = 0
         if plan is not None:
@@ -160,7 +164,7 @@ class Engine:
         by_row = {id(row): number for number, row in enumerate(drawing)}
         order = [by_row[id(row)] for row in plan.rows if row.samples]
         tokens = [result.token_ids[number] for number in order]
-        updates = self._scheduler.commit(plan, tokens, time.monotonic_ns())
+        updates = self._scheduler.commit(plan, tokens, self._clock.now_ns())
         self._num_steps += 1
         return self._report(updates, drawing, result)
 
