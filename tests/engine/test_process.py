@@ -214,7 +214,7 @@ def test_a_report_too_large_for_one_message_comes_in_several() -> None:
         sampling = EngineSampling(max_tokens=1, seed=0, n=8)
         client.send(EngineRequest(id=1, prompt_token_ids=[300], sampling=sampling, arrival_ns=0))
 
-        found = []
+        found: list[SequenceOutput] = []
         while len(found) < 8:
             message = client.next()
             assert isinstance(message, StepOutputs)
