@@ -47,12 +47,23 @@ async def test_answers_go_to_stdout(
     assert capsys.readouterr() == (printed, "")
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", [["generate", "PATH", "hi"], ["serve", "PATH"]])
+@pytest.mark.parametrize(
+    ("name", "complaint"), [("", " has no config.json"), ("nowhere", " is not a folder")]
+)
+def test_a_path_that_is_no_checkpoint_is_refused_for_what_it_lacks_first(
+    command: list[str],
+    name: str,
+    complaint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("naiad.cli.serve.configure_logs", lambda _settings: None)
+    path = tmp_path / name
     with pytest.raises(SystemExit) as caught:
-        main.main(["generate", str(tmp_path), "hi"])
+        main.main([str(path) if word == "PATH" else word for word in command])
     assert caught.value.code == 2
     output, error = capsys.readouterr()
     assert output == ""
-    assert error.startswith(f"naiad: {tmp_path} has no ")
+    assert error.startswith(f"naiad: {path}{complaint}")
