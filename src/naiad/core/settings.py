@@ -253,7 +253,12 @@ def describe_type(node: types.Type) -> str:
 
 def _describe_range(node: types.IntType | types.FloatType) -> str:
     bounds = (("≥", node.ge), (">", node.gt), ("≤", node.le), ("<", node.lt))
-    return "".join(f", {sign} {bound}" for sign, bound in bounds if bound is not None)
+    # 0 and 0.0 are one to typing's cache: which of the two a range has depends on who came first.
+    return "".join(f", {sign} {_plain(bound)}" for sign, bound in bounds if bound is not None)
+
+
+def _plain(bound: float) -> float:
+    return int(bound) if bound == int(bound) else bound
 
 
 def settings_reference(kind: type[msgspec.Struct]) -> str:
