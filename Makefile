@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 .PHONY: help setup demo test test-e2e check bench settings clean
 
 help:
-	@echo 'make demo      serve a tiny random model on http://127.0.0.1:8000'
+	@echo 'make demo      serve the built-in model on http://127.0.0.1:8000'
 	@echo 'make check     lint, types, layers, sizes, docs'
 	@echo 'make test      check, then the tests'
 	@echo 'make test-e2e  a server as a process: load, kills, drain'
@@ -28,8 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@test -f .demo/tiny-llama/config.json || $(BIN)/python tools/make_tiny_checkpoint.py .demo/tiny-llama --readable
-	$(BIN)/naiad serve .demo/tiny-llama --http-address 127.0.0.1
+	$(BIN)/naiad serve builtin --http-address 127.0.0.1
 
 check: $(INSTALLED)
 	$(BIN)/ruff check --quiet
@@ -55,4 +54,4 @@ settings: $(INSTALLED)
 	$(BIN)/python tools/write_settings_page.py
 
 clean:
-	rm -rf $(VENV) .demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

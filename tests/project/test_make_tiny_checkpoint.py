@@ -1,4 +1,4 @@
-"""The checkpoints that tests and the demo use are ones that transformers itself can load."""
+"""The checkpoints that tests use are ones that transformers itself can load."""
 
 from __future__ import annotations
 

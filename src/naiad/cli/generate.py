@@ -36,8 +36,8 @@ SAMPLING = tuple(s for s in describe("sampling", SamplingParams) if "logprobs" n
 def command(path: str, prompt: str, *, chat: bool, config: str | None, **flags: Any) -> None:
     """Continue a prompt with the model at PATH.
 
-    PATH is a folder in Hugging Face's layout. PROMPT is text, or - for stdin. The answer goes to
-    stdout, everything else to stderr.
+    PATH is a folder in Hugging Face's layout, or `builtin` for the small model that comes with
+    Naiad. PROMPT is text, or - for stdin. The answer goes to stdout, everything else to stderr.
     """
     chosen = {setting.name: flags.pop(setting.name) for setting in SAMPLING}
     request = GenerateRequest(

@@ -25,8 +25,9 @@ from naiad.server.lifecycle import Server, serve
 def command(path: str, *, config: str | None, **flags: Any) -> None:
     """Serve the model at PATH over HTTP.
 
-    PATH is a folder in Hugging Face's layout. Clients of OpenAI, KServe v2 and Triton's generate
-    extension are answered on one port. SIGTERM lets running requests finish.
+    PATH is a folder in Hugging Face's layout, or `builtin` for the small model that comes with
+    Naiad. Clients of OpenAI, KServe v2 and Triton's generate extension are answered on one port.
+    SIGTERM lets running requests finish.
     """
     settings = load_settings(Settings, config, flags)
     configure_logs(settings.log)

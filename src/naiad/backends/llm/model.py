@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from naiad.backends.llm.builtin import path_of
 from naiad.backends.llm.client import DEFAULT_SUPERVISION, EngineClient, Supervision
 from naiad.backends.llm.link import Progress
 from naiad.backends.llm.metrics import EngineMetrics
@@ -231,7 +232,7 @@ async def load_language_model(
     Call it from the main thread: the engine dies with the thread that started it.
 
     Args:
-        path: The checkpoint's folder; the model answers to it as given, and to its name.
+        path: The checkpoint's folder, or `builtin`; the model answers to it as given, and to its name.
         config: How the engine runs it.
         served_names: Names it answers to first; the first is the model's name.
         progress: Called with the fraction loaded and what is being done.
@@ -242,7 +243,7 @@ async def load_language_model(
         InvalidModel: the checkpoint cannot be loaded as it is.
         Unavailable: the engine process died while loading.
     """
-    folder = Path(path)
+    folder = path_of(path)
     text = await asyncio.to_thread(CheckpointText.from_folder, folder)
     names = _names(path, served_names)
     metadata = text_metadata(names[0], platform="naiad_engine", aliases=tuple(names[1:]))

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import msgspec
 
+from naiad.backends.llm.builtin import path_of
 from naiad.backends.llm.requests import Answer, CheckpointText, Limits, Prompt, engine_request
 from naiad.core.errors import InvalidRequest, InvalidSettings
 from naiad.core.generation import (
@@ -75,7 +76,7 @@ class LLM:
     ```
 
     Args:
-        path: The checkpoint's folder.
+        path: The checkpoint's folder, or `builtin` for the model that comes with Naiad.
         progress: Called while loading with the fraction done and what is being done.
         make_engine: Another engine than Naiad's own.
         **settings: Fields of `EngineConfig`.
@@ -97,7 +98,7 @@ class LLM:
             self._config = msgspec.convert(settings, EngineConfig)
         except msgspec.ValidationError as error:
             raise InvalidSettings(f"engine settings: {error}") from None
-        folder = Path(path)
+        folder = path_of(path)
         self._text = CheckpointText.from_folder(folder)
         make = make_engine or _make_engine
         self._engine: StepEngine = make(folder, self._config, progress or _silent)
