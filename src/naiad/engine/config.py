@@ -25,9 +25,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_seqs: Annotated[int, Meta(ge=0, le=4096)] = 0
     """Most sequences in one step. 0: 64 on CPU, 256 on CUDA."""
 
+    favour: Literal["latency", "throughput"] = "latency"
+    """What a step's size favours: even gaps between tokens of those who wait for them, or tokens of all
+    together. `naiad.LLM` favours throughput."""
+
     max_num_batched_tokens: Annotated[int, Meta(ge=0)] = 0
-    """Token budget of one step, decode rows first, the rest for prefill chunks. 0: 1024 on CPU, 8192
-    on CUDA."""
+    """Token budget of one step, decode rows first, the rest for prefill chunks. 0: on CPU 1024, or
+    2048 for throughput; on CUDA 8192, or 16384."""
 
     max_queued_requests: PositiveInt = 2048
     """Requests that may wait; one more is refused with 429."""

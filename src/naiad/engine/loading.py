@@ -29,7 +29,12 @@ from naiad.engine.scheduler.base import SchedulerConfig
 from naiad.engine.spec import ModelSpec
 
 _MAX_SEQS = {"cpu": 64, "cuda": 256}
-_STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
+_STEP_TOKENS = {
+    ("cpu", "latency"): 1024,
+    ("cpu", "throughput"): 2048,
+    ("cuda", "latency"): 8192,
+    ("cuda", "throughput"): 16384,
+}
 _STEP_BYTES = 512 << 20  # of heap for the buffers of a step on CPU; address space, not memory
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -109,7 +114,8 @@ def _limits(
 ) -> SchedulerConfig:
     return SchedulerConfig(
         max_num_seqs=max_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[device.type],
+        max_num_batched_tokens=config.max_num_batched_tokens
+        or _STEP_TOKENS[device.type, config.favour],
         max_queued_requests=config.max_queued_requests,
         max_queued_tokens=config.max_queued_tokens,
         max_model_len=max_len,

@@ -95,7 +95,7 @@ class LLM:
         **settings: Any,
     ) -> None:
         try:
-            self._config = msgspec.convert(settings, EngineConfig)
+            self._config = msgspec.convert({"favour": "throughput", **settings}, EngineConfig)
         except msgspec.ValidationError as error:
             raise InvalidSettings(f"engine settings: {error}") from None
         folder = path_of(path)
