@@ -135,6 +135,16 @@ def test_slots_shrink_when_nothing_long_is_left_and_keep_the_rest() -> None:
     assert held(storage, 1, 40) == list(range(40))
 
 
+def test_a_released_slot_does_not_keep_the_others_long() -> None:
+    storage = slot_storage()
+    storage.begin(step((0, 0, 2000), (1, 0, 40)), [])
+
+    batch = step((1, 40, 1))
+    storage.begin(batch, [], released=[0])
+
+    assert batch.block_places == 64
+
+
 @given(data=st.data())
 @settings(max_examples=60)
 def test_no_history_of_steps_loses_a_value(data: st.DataObject) -> None:

@@ -158,7 +158,8 @@ class Engine:
             for row in drawing
         ]
         spans, wanted = _prompt_spans(rows, batch)
-        result = self._runner.run(batch, self._rows.batch(draws), plan.copies, spans)
+        released = self._kv.take_released()
+        result = self._runner.run(batch, self._rows.batch(draws), plan.copies, spans, released)
         for row, lines in zip(wanted, result.prompts, strict=True):
             self._keep_prompt_logprobs(row, lines)
         by_row = {id(row): number for number, row in enumerate(drawing)}

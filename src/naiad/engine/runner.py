@@ -55,6 +55,7 @@ class Runner:
         sampling: SamplingBatch,
         copies: Sequence[KvCopy] = (),
         prompts: Sequence[PromptSpan] = (),
+        released: Sequence[int] = (),
     ) -> StepResult:
         """Run one step; writes the cache.
 
@@ -63,8 +64,9 @@ class Runner:
             sampling: Parameters of the rows in `batch.sampled`, in order.
             copies: Carried out first.
             prompts: Where prompt log probabilities are wanted.
+            released: Blocks whose contents need not be kept.
         """
-        self._storage.begin(batch, copies)
+        self._storage.begin(batch, copies, released)
         x = self._decoder.hidden(batch, self._storage, every_token=bool(prompts))
         result = StepResult([])
         if prompts:

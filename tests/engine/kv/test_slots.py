@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from naiad.engine.kv.base import KvCopy
 from naiad.engine.kv.slots import SlotManager
 
@@ -117,3 +119,15 @@ def test_no_slot_means_no_start() -> None:
 
     assert kv.match(1, [3]) is None
     assert not kv.fork(0, 1, 1)
+
+
+@pytest.mark.parametrize(("prefix_cache", "released"), [(True, []), (False, [0])])
+def test_a_freed_slot_is_released_only_if_nobody_can_match_it(
+    prefix_cache: bool, released: list[int]
+) -> None:
+    manager = SlotManager(2, 64, 128, 16, prefix_cache=prefix_cache)
+    manager.match(1, [1, 2, 3])
+    manager.free(1)
+
+    assert manager.take_released() == released
+    assert manager.take_released() == []

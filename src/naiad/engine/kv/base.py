@@ -93,6 +93,12 @@ class KvManager(Protocol):
     def take_copies(self) -> list[KvCopy]:
         """The copy orders issued since the last call, in order; the caller carries them out now."""
 
+    def take_released(self) -> list[int]:
+        """Blocks freed since the last call whose contents will never be read again.
+
+        Storage that grows with its contents need not keep them; some may be in use again already.
+        """
+
     def reset_prefix_cache(self) -> None:
         """Forget everything cached that no live sequence holds."""
 

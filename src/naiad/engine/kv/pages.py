@@ -165,6 +165,10 @@ class PageManager:
         """The live list of pages of `sequence`; read it, never change it."""
         return self._live[sequence].pages
 
+    def take_released(self) -> list[int]:
+        """None: pages do not grow, so their storage need not know."""
+        return []
+
     def take_copies(self) -> list[KvCopy]:
         """The copy orders issued since the last call."""
         copies, self._copies = self._copies, []

@@ -72,6 +72,7 @@ class SlotManager:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_slots))  # oldest first
         self._used = 0
         self._copies: list[KvCopy] = []
+        self._released: list[int] = []  # only without prefix cache, which reads freed slots
 
     @property
     def capacity_tokens(self) -> int:
@@ -141,10 +142,17 @@ class SlotManager:
         slot.num_reserved = 0
         slot.num_tokens = len(slot.tokens)
         self._free[slot.number] = None
+        if self._index is None:
+            self._released.append(slot.number)
 
     def block_table(self, sequence: int) -> list[int]:
         """The one slot of `sequence`; read it, never change it."""
         return self._live[sequence].table
+
+    def take_released(self) -> list[int]:
+        """Slots freed since the last call whose tokens nobody can match."""
+        released, self._released = self._released, []
+        return released
 
     def take_copies(self) -> list[KvCopy]:
         """The copy orders issued since the last call."""

@@ -51,8 +51,16 @@ class KvStorage:
         """Places that a block has now."""
         return self._tensor.shape[4]
 
-    def begin(self, batch: StepBatch, copies: Iterable[KvCopy]) -> None:
-        """Carry out copy orders, in sequence, before the step `batch`; mutates the target blocks."""
+    def begin(
+        self, batch: StepBatch, copies: Iterable[KvCopy], released: Iterable[int] = ()
+    ) -> None:
+        """Carry out copy orders, in sequence, before the step `batch`; mutates the target blocks.
+
+        Args:
+            batch: The step; learns how many places a block has.
+            copies: Orders of the cache's manager.
+            released: Blocks whose contents need not be kept any more.
+        """
         for order in copies:
             places = slice(0, order.num_tokens)
             target = self._tensor[:, :, order.target, :, places]
@@ -91,12 +99,16 @@ class SlotStorage(KvStorage):
         self._held = [0] * num_blocks
         """Tokens that each slot holds, live or kept for the prefix cache."""
 
-    def begin(self, batch: StepBatch, copies: Iterable[KvCopy]) -> None:
+    def begin(
+        self, batch: StepBatch, copies: Iterable[KvCopy], released: Iterable[int] = ()
+    ) -> None:
+        for slot in released:
+            self._held[slot] = 0
         orders = list(copies)
         longest = max(row.context_tokens for row in batch.rows)
         if longest > self.block_places:
             self._resize(longest)
-        super().begin(batch, orders)
+        super().begin(batch, orders, released)
         for order in orders:
             self._held[order.target] = order.num_tokens
         for row in batch.rows:
