@@ -15,7 +15,10 @@ from naiad.engine.config import EngineConfig
 from naiad.engine.engine import Engine
 from tests.engine.driving import checkpoint
 
-COMMAND = (sys.executable, "-P", "-m", "tests.engine.broken_engine")
+_ROOT = Path(__file__).resolve().parents[2]
+_SCRIPT = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); import runpy; "
+_SCRIPT += "runpy.run_module('tests.engine.broken_engine', run_name='__main__', alter_sys=True)"
+COMMAND = (sys.executable, "-P", "-c", _SCRIPT)
 
 
 class BrokenRunner:

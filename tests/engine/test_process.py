@@ -189,7 +189,8 @@ def test_an_engine_on_a_broken_device_dies_after_answering(
             step = client.next()
             assert isinstance(step, StepOutputs)
             assert [rejected.id for rejected in step.rejected] == [number]
-            client.send(Cancel(number))
+            if number == 1:  # a step without work between them is no sign of health
+                client.send(Cancel(number))
         message = client.next()
         while isinstance(message, StepOutputs):
             message = client.next()
