@@ -60,4 +60,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Which operation bodies to prefer; reference is plain torch, the specification."""
 
     num_threads: Annotated[int, Meta(ge=0)] = 0
-    """CPU threads of the engine. 0: one for each core that this process may use."""
+    """CPU threads of the engine. 0: one for each core that this process may use, or a single one for a
+    checkpoint below 64 MiB. With busy neighbours on the same cores, fewer threads are faster: every
+    operation waits for the last of them."""

@@ -36,6 +36,7 @@ _STEP_TOKENS = {
     ("cuda", "throughput"): 16384,
 }
 _STEP_BYTES = 512 << 20  # of heap for the buffers of a step on CPU; address space, not memory
+_SMALL_BYTES = 64 << 20
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -67,7 +68,7 @@ def load(path: Path, config: EngineConfig, progress: Progress) -> Loaded:
     checkpoint = Checkpoint(path)
     if device.type == "cpu":
         memory.prepare_heap(checkpoint.total_bytes() + _STEP_BYTES)
-        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(config.num_threads or _num_threads(checkpoint))
     max_len = _max_model_len(config, spec)
     layout = _layout(config, device)
     max_seqs = config.max_num_seqs or _MAX_SEQS[device.type]
@@ -144,6 +145,13 @@ def _layout(config: EngineConfig, device: torch.device) -> str:
     if config.kv_layout != "auto":
         return config.kv_layout
     return "slots" if device.type == "cpu" else "pages"
+
+
+def _num_threads(checkpoint: Checkpoint) -> int:
+    """A small model gains little from a second thread and waits for it on a busy machine."""
+    if checkpoint.total_bytes() < _SMALL_BYTES:
+        return 1
+    return len(os.sched_getaffinity(0))
 
 
 def _device(config: EngineConfig) -> torch.device:
