@@ -4,8 +4,8 @@ For tests and benchmarks: the same options always give the same bytes of weights
 weights are random but not degenerate (every bias is non-zero, norms are not one, logits spread over
 several units), so that an implementation that drops or transposes one of them gives other answers.
 
-    python tools/make_tiny_checkpoint.py /tmp/tiny
-    python tools/make_tiny_checkpoint.py /tmp/small --hidden-size 768 --intermediate-size 2048 \
+    python tools/make_tiny_checkpoint.py tiny-llama
+    python tools/make_tiny_checkpoint.py small --hidden-size 768 --intermediate-size 2048 \
         --num-layers 12 --num-heads 12 --num-kv-heads 4 --vocab-size 32000 --dtype bfloat16
 """
 
